@@ -1,0 +1,260 @@
+"""Load and save the weights of the teacher, CLIP (section 3.1 of arXiv:2310.02296v1).
+
+Sketch of `load_clip`: find the file (bundled, published by OpenAI, or yours); tell its format from
+its content; read it as data, never as a program; give the weights OpenAI's names; compare names
+and shapes with the model; build the model in float32, frozen.
+
+| content                          | read by                              |
+|----------------------------------|--------------------------------------|
+| TorchScript archive (OpenAI)     | `archive.py`                         |
+| safetensors                      | `safetensors.py`                     |
+| ``torch.save``                   | ``torch.load(weights_only=True)``    |
+| `save_clip`, a case of the above | the same, then the rows are put back |
+
+Cost: one pass over the file and one copy of the weights in memory.
+"""
+
+import json
+import os
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .archive import is_torchscript, read_torchscript
+from .convert import to_openai_names
+from .download import OPENAI_WEIGHTS, download_weights
+from .model import CLIP, IMAGE_MEAN, IMAGE_STD, Activation, CLIPConfig
+from .safetensors import is_safetensors, read_safetensors
+
+_FORMAT = "cliptteacher-clip-1"
+_BUNDLED = Path(__file__).with_name("miniworld.pt")
+_FILES_IN_A_FOLDER = (
+    *("model.safetensors", "pytorch_model.bin"),  # Hugging Face
+    *("open_clip_model.safetensors", "open_clip_pytorch_model.bin"),
+)
+_TOKENS = "token_embedding"
+
+
+class _Weights(NamedTuple):
+    """What a file holds; only our own files tell the activation."""
+
+    tensors: Mapping[str, Tensor]
+    activation: Activation | None
+
+
+def load_clip(
+    source: str | os.PathLike[str] = "miniworld",
+    device: str | torch.device = "cpu",
+    cache_dir: str | os.PathLike[str] | None = None,
+    activation: Activation | None = None,
+) -> CLIP:
+    """Load a frozen CLIP in float32, in evaluation mode.
+
+    Args:
+        source: ``"miniworld"`` (bundled); ``"ViT-B/16"``, ``"ViT-B/32"``, ``"ViT-L/14"`` or
+            ``"ViT-L/14@336px"`` (OpenAI's, downloaded once); or a path to OpenAI's archive, to an
+            open_clip or Hugging Face state dict (``torch.save`` or safetensors), to a folder that
+            holds one, or to a file of `save_clip`. The extension does not matter.
+        device: where the model shall be.
+        cache_dir: where downloads are kept, see `download_weights`.
+        activation: ``"quick_gelu"`` or ``"gelu"``. A state dict does not tell. The default is what
+            the file tells if `save_clip` wrote it, and else QuickGELU, right for OpenAI's weights
+            in any format; open_clip's own (LAION, DataComp) mostly need ``"gelu"``.
+
+    Returns:
+        The model; no parameter requires a gradient.
+
+    Raises:
+        FileNotFoundError: if there is no such file, or it cannot be downloaded.
+        ValueError: if the file is damaged or does not hold a CLIP with a vision transformer.
+
+    Assumption: attention heads are 64 wide, as in all of OpenAI's models; state dicts do not tell.
+    """
+    path = _find(source, cache_dir)
+    weights = _read(path)
+    try:
+        clip = _build(weights.tensors, activation or weights.activation or "quick_gelu")
+    except ValueError as error:
+        raise ValueError(f"{path} does not fit: {error}") from error
+    return clip.to(device)
+
+
+def save_clip(
+    clip: CLIP, path: str | os.PathLike[str], extra: Mapping[str, Any] | None = None
+) -> None:
+    """Save a CLIP in float16, without the rows of the token embedding that are zero.
+
+    A small CLIP trained on a few hundred words never touches the other 49,000 rows; zeroed and
+    left out, they cost nothing. The file appears under its name only when it is complete.
+
+    Args:
+        clip: the model.
+        path: the file to write; `load_clip` reads it.
+        extra: what you want to remember with it (command, seed, scores), as JSON can hold it;
+            ``torch.load(path, weights_only=True)["extra"]`` gives it back.
+
+    Raises:
+        TypeError: if JSON cannot hold `extra`.
+        ValueError: if a number is not finite in float16.
+    """
+    try:
+        notes = json.loads(json.dumps(dict(extra or {})))
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"`extra` must hold what JSON can hold, but {error}") from error
+    tensors = {name: _to_half(name, tensor) for name, tensor in clip.state_dict().items()}
+    content = {
+        "format": _FORMAT,
+        "activation": clip.config.activation,
+        "state_dict": _drop_zero_rows(tensors),
+        "extra": notes,
+    }
+    target = Path(path)
+    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+    try:
+        torch.save(content, partial)
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _find(source: str | os.PathLike[str], cache_dir: str | os.PathLike[str] | None) -> Path:
+    """Return the file that a source means."""
+    if source == "miniworld":
+        path = _BUNDLED
+    elif isinstance(source, str) and source in OPENAI_WEIGHTS:
+        path = download_weights(OPENAI_WEIGHTS[source], cache_dir)
+    else:
+        path = Path(source).expanduser()
+    if path.is_dir():
+        found = [path / name for name in _FILES_IN_A_FOLDER if (path / name).exists()]
+        if not found:
+            raise FileNotFoundError(
+                f"the folder {path} must hold one of {', '.join(_FILES_IN_A_FOLDER)}, got none"
+            )
+        return found[0]
+    if not path.exists():
+        names = ", ".join(("miniworld", *OPENAI_WEIGHTS))
+        raise FileNotFoundError(
+            f"no CLIP weights at {path}; give the path of a file, or one of {names}"
+        )
+    return path
+
+
+def _read(path: Path) -> _Weights:
+    """Read a file of any known format, told from its content."""
+    with path.open("rb") as file:
+        head = file.read(9)
+    if head.startswith(b"PK\x03\x04"):
+        if is_torchscript(_names_in_zip(path)):
+            return _Weights(read_torchscript(path), None)
+        return _unwrap(path, _load_tensors(path))
+    if head.startswith(b"\x80"):  # a pickle: how PyTorch saved before 1.6
+        return _unwrap(path, _load_tensors(path))
+    if is_safetensors(head):
+        return _Weights(read_safetensors(path), None)
+    raise ValueError(
+        f"{path} must hold weights (TorchScript, torch.save or safetensors), but it begins with "
+        f"{head!r}; if that is text, the download gave a page or a pointer instead of the file"
+    )
+
+
+def _names_in_zip(path: Path) -> list[str]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.namelist()
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{path} is truncated or damaged ({error}); get it again") from error
+
+
+def _load_tensors(path: Path) -> object:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged or hostile file can raise anything
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(
+            f"{path} must be an undamaged file of plain tensors, but reading it stopped with: "
+            f"{reason}; get it again, or save only the state dict"
+        ) from error
+
+
+def _unwrap(path: Path, content: object) -> _Weights:
+    """Take the state dict out of whatever it was saved in."""
+    activation: Activation | None = None
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        if content.get("format") == _FORMAT:
+            activation = "gelu" if content.get("activation") == "gelu" else "quick_gelu"
+        content = content["state_dict"]
+    if not isinstance(content, dict) or not all(isinstance(t, Tensor) for t in content.values()):
+        raise ValueError(f"{path} must hold a state dict of tensors; save `model.state_dict()`")
+    return _Weights(content, activation)
+
+
+def _build(tensors: Mapping[str, Tensor], activation: Activation) -> CLIP:
+    """Build the model that the weights describe, and compare every name and shape."""
+    weights = to_openai_names(_restore_zero_rows(tensors))
+    config = CLIPConfig.from_state_dict(weights, activation)
+    # On the meta device nothing is drawn: loading leaves the random numbers of a run alone.
+    with torch.device("meta"):
+        clip = CLIP(config)
+    _check_names_and_shapes(weights, clip.state_dict())
+    clip.load_state_dict({name: t.float() for name, t in weights.items()}, assign=True)
+    clip.image_mean = torch.tensor(IMAGE_MEAN).view(3, 1, 1)
+    clip.image_std = torch.tensor(IMAGE_STD).view(3, 1, 1)
+    return clip.requires_grad_(False).eval()
+
+
+def _check_names_and_shapes(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    problems = [f"{name!r} is missing" for name in expected if name not in weights]
+    problems += [f"{name!r} is unexpected" for name in weights if name not in expected]
+    for name in sorted(weights.keys() & expected.keys()):
+        shape, wanted = tuple(weights[name].shape), tuple(expected[name].shape)
+        if shape != wanted:
+            problems.append(f"{name!r} has shape {shape} instead of {wanted}")
+        elif not weights[name].is_floating_point():
+            problems.append(f"{name!r} holds {weights[name].dtype} instead of real numbers")
+    if problems:
+        listed = ", ".join(problems[:5]) + (", ..." if len(problems) > 5 else "")
+        raise ValueError(
+            f"{len(problems)} of its names or shapes are not those of a CLIP: {listed}"
+        )
+
+
+def _to_half(name: str, tensor: Tensor) -> Tensor:
+    half = tensor.detach().to("cpu", torch.float16)
+    if not bool(half.isfinite().all()):
+        raise ValueError(
+            f"{name!r} must be finite in float16 (at most 65504), "
+            f"got {tensor.abs().max().item():.4g}; train on, or scale it down"
+        )
+    return half
+
+
+def _drop_zero_rows(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Replace the token embedding by its rows that are not zero, their ids and its shape."""
+    sparse = dict(tensors)
+    table = sparse.pop(f"{_TOKENS}.weight")
+    ids = table.any(dim=1).nonzero().flatten()
+    sparse[f"{_TOKENS}.ids"] = ids.to(torch.int32)
+    sparse[f"{_TOKENS}.rows"] = table[ids]
+    sparse[f"{_TOKENS}.shape"] = torch.tensor(table.shape)
+    return sparse
+
+
+def _restore_zero_rows(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Undo `_drop_zero_rows`, if it was done."""
+    parts = [f"{_TOKENS}.{part}" for part in ("ids", "rows", "shape")]
+    if not all(part in tensors for part in parts):
+        return tensors
+    ids, rows, shape = (tensors[part] for part in parts)
+    vocabulary, width = shape.tolist()
+    inside = len(ids) == 0 or (int(ids.min()) >= 0 and int(ids.max()) < vocabulary)
+    if tuple(rows.shape) != (len(ids), width) or not inside:
+        raise ValueError(f"its {len(ids)} rows of {_TOKENS} do not fit into {vocabulary} x {width}")
+    table = torch.zeros(vocabulary, width, dtype=rows.dtype)
+    table[ids.long()] = rows
+    dense = {name: tensor for name, tensor in tensors.items() if name not in parts}
+    return {**dense, f"{_TOKENS}.weight": table}

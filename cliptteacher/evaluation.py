@@ -1,0 +1,165 @@
+"""Score a predictor on a data set: pAcc, mIoU of seen and unseen classes, and their hIoU.
+
+Section 4.1 and Eq. (13) of arXiv:2310.02296v1. Every process predicts its own share of the images
+at their original size; the confusion matrices are added at the end, so the scores of R processes
+are those of one:
+
+    rank r takes images r, r + R, r + 2R, ...   (no image twice, none left out)
+    neighbours of equal size form a batch       (mixed sizes fall back to single images)
+    one int64 confusion matrix per process  ->  all-reduce  ->  scores
+
+Cost: one prediction per image.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from .data.splits import SegmentationDataset
+from .metrics import Scores, SegmentationMetrics
+
+SCORES = ("pAcc", "mIoU(S)", "mIoU(U)", "hIoU")
+Sample = tuple[int, Tensor, Tensor]  # index in the data set, image, labels
+
+
+def evaluate(
+    predictor: Callable[[Tensor], Tensor],
+    dataset: SegmentationDataset,
+    *,
+    device: torch.device | str = "cpu",
+    rank: int = 0,
+    world_size: int = 1,
+    workers: int = 0,
+    batch_size: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+    on_sample: Callable[[int, Tensor, Tensor, Tensor], None] | None = None,
+) -> Scores:
+    """Predict every image of a data set and compute the zero-shot scores.
+
+    Args:
+        predictor: images uint8 (B, 3, H, W) -> labels (B, H, W), such as `Predictor`.
+        dataset: images with the labels of all A classes.
+        device: where images and labels are brought for prediction and counting.
+        rank: this process, 0..world_size-1; with several, all of them must call this function.
+        world_size: number of processes that share the images.
+        workers: processes that read images ahead.
+        batch_size: most images predicted together; only neighbours of equal size are.
+        progress: called with (images done, images in total) of this rank after every batch.
+        on_sample: called with (index, image, labels, prediction), all on the CPU, for each image.
+
+    Returns:
+        "pAcc", "mIoU(S)", "mIoU(U)", "hIoU" as fractions and "IoU" of each class, over the images
+        of all ranks; NaN where a class or group does not occur.
+
+    Raises:
+        ValueError: if the data set is empty, or the batch size or rank is out of range.
+    """
+    _check(len(dataset), batch_size, rank, world_size)
+    indices = range(rank, len(dataset), world_size)
+    loader = DataLoader(_Shard(dataset, indices), batch_size=None, num_workers=workers)
+    metrics = SegmentationMetrics(len(dataset.class_names), unseen=dataset.unseen)
+    done = 0
+    for batch in _equal_size_batches(loader, batch_size):
+        images = torch.stack([image for _, image, _ in batch])
+        labels = torch.stack([label for _, _, label in batch])
+        predictions = predictor(images.to(device))
+        metrics.update(predictions, labels.to(device))
+        if on_sample is not None:
+            for (index, image, label), prediction in zip(batch, predictions.cpu(), strict=True):
+                on_sample(index, image, label, prediction)
+        done += len(batch)
+        if progress is not None:
+            progress(done, len(indices))
+    if world_size > 1:  # a lone process must not wait for others, even inside a process group
+        metrics.reduce()
+    return metrics.compute()
+
+
+def format_scores(
+    result: Mapping[str, Any], class_names: Sequence[str], unseen: Sequence[int] = ()
+) -> str:
+    """Write scores as two tables: the four of the paper, then every class from best to worst.
+
+    Args:
+        result: what `evaluate` returns.
+        class_names: names of all A classes.
+        unseen: label values of the unseen classes.
+
+    Returns:
+        Lines of text, percent with one decimal; "-" where a class does not occur.
+    """
+    head = "".join(f"{name:>9}" for name in SCORES)
+    line = "".join(f"{_cell(float(result[name])):>9}" for name in SCORES)
+    values = [float(value) for value in result["IoU"]]
+    order = sorted(range(len(values)), key=lambda k: (math.isnan(values[k]), -values[k], k))
+    width = max(5, *(len(name) for name in class_names))
+    rows = [f"  {'class':<{width}}  group   {'IoU':>5}"]
+    for k in order:
+        group = "unseen" if k in unseen else "seen"
+        rows.append(f"  {class_names[k]:<{width}}  {group:<6}  {_cell(values[k]):>5}")
+    return "\n".join([head, line, "", *rows])
+
+
+def scores_as_percent(result: Mapping[str, Any], class_names: Sequence[str]) -> dict[str, Any]:
+    """Return scores in percent as plain numbers, ready for JSON; what is undefined is None.
+
+    Args:
+        result: what `evaluate` returns.
+        class_names: names of all A classes.
+
+    Returns:
+        The four scores by name, and "IoU" as a dictionary by class name.
+    """
+    percent: dict[str, Any] = {name: _percent(float(result[name])) for name in SCORES}
+    classes = zip(class_names, result["IoU"], strict=True)
+    percent["IoU"] = {name: _percent(float(value)) for name, value in classes}
+    return percent
+
+
+class _Shard(Dataset[Sample]):
+    """Show the images of one rank, each with its index in the whole data set."""
+
+    def __init__(self, dataset: SegmentationDataset, indices: range) -> None:
+        self.dataset = dataset
+        self.indices = indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> Sample:
+        index = self.indices[position]
+        image, label = self.dataset[index]
+        return index, image, label
+
+
+def _equal_size_batches(samples: Iterable[Sample], batch_size: int) -> Iterator[list[Sample]]:
+    """Group neighbours of equal size, at most `batch_size` of them."""
+    batch: list[Sample] = []
+    for sample in samples:
+        if batch and (len(batch) == batch_size or batch[0][1].shape != sample[1].shape):
+            yield batch
+            batch = []
+        batch.append(sample)
+    if batch:
+        yield batch
+
+
+def _check(num_images: int, batch_size: int, rank: int, world_size: int) -> None:
+    if num_images == 0:
+        raise ValueError("`dataset` must hold at least one image, got 0; check the split")
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}")
+    if not 0 <= rank < world_size:
+        raise ValueError(f"`rank` must lie in 0..world_size-1, got {rank} of {world_size}")
+
+
+def _percent(fraction: float) -> float | None:
+    return None if math.isnan(fraction) else 100 * fraction
+
+
+def _cell(fraction: float) -> str:
+    return "-" if math.isnan(fraction) else f"{100 * fraction:.1f}"

@@ -1,0 +1,221 @@
+"""CLIPTeacher: the whole training step, from images and seen labels to a dictionary of losses.
+
+Figure 2 and Section 3.4 of arXiv:2310.02296v1:
+
+    s, D = frozen CLIP(images)          CLS tokens and dense tokens, no gradient
+    R    = student(images)              dense features in CLIP's joint space
+    GLM(R, s)               -> L_global
+    PLM(R, D, s, labels)    -> L_CE, L_generate
+    NEL(R . T_seen, labels) -> L_focal, L_dice
+    L = L_global + L_CE + L_focal + L_dice + L_generate                Eq. (11)-(12)
+
+The student is the only part that remains after training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .clip import CLIP, class_text_features
+from .glm import GlobalLearningModule, Pooling
+from .inference import pixel_logits
+from .kmeans import Seeding
+from .losses import count_pairs, nel
+from .plm import GenerateLoss, PixelLearningModule, PotentialScope, Similarity, resize_nearest
+from .vla import Adapter
+
+IGNORE_INDEX = 255
+
+
+@dataclass(frozen=True, kw_only=True)
+class CLIPTeacherConfig:
+    """Every option of the method; the defaults are the literal reading of the paper."""
+
+    templates: Literal["single", "ensemble"] = "single"  # prompts of the class names
+    logits: Similarity = "dot"  # student features against text, in training and at inference
+    logit_scale: float = 1.0  # factor of the seen logits
+    # Global Learning Module
+    glm_pooling: Pooling = "attention"  # Table 4: attention, mean, max
+    bank_size: int = 24  # iterations of CLS tokens that serve as negatives
+    temperature: float = 0.07  # tau of Eq. (3)
+    # Pixel Learning Module
+    ce: Literal["all", "seen", "none"] = "all"  # pseudo and seen labels; seen only; no CE
+    tokens: Literal["projected", "final"] = "projected"  # CLIP tokens to cluster
+    scales: tuple[int, ...] = (3, 7)  # window scales of Eq. (4)-(5)
+    seeding: Seeding = "grid"  # reading of Eq. (4)-(5)
+    kmeans_iterations: int = 10  # Lloyd iterations
+    fusion_threshold: float = 0.8  # lambda of Algorithm 1
+    ignored_share: float = 0.5  # unannotated share above which a token is clustered
+    potential_slots: int | None = None  # potential classes an image may own; None: all
+    potential_scope: PotentialScope = "batch"  # pixels compete with groups of the batch or image
+    pseudo_logits: Similarity = "dot"  # student features against potential classifiers
+    pseudo_scale: float = 1.0  # factor of the potential logits
+    detach_prototypes: bool = False  # no gradient from the VLA's queries into the student
+    seen_competition: bool = True  # seen pixels compete with potential classes too
+    adapter: Adapter = "decoder"  # Table 5: decoder, mlp, identity
+    adapter_heads: int = 8  # attention heads of the decoder
+    generate_loss: GenerateLoss = "mse"  # Eq. (8), or "bce" of the paper's second version
+    # weights of Eq. (11)-(12); 0 switches a term off
+    global_weight: float = 1.0
+    ce_weight: float = 1.0
+    focal_weight: float = 100.0
+    dice_weight: float = 1.0
+    generate_weight: float = 1.0
+
+
+class CLIPTeacher(nn.Module):
+    """Train a student with a frozen CLIP; ``model(images, labels)`` gives the losses.
+
+    The parameters of this module are the student's (``segmenter``) and the adapter's
+    (``plm.adapter``). CLIP follows the module to its device but is neither a submodule nor in the
+    state dict: optimisers, DDP and checkpoints never see it.
+
+    Args:
+        clip: the teacher; frozen here.
+        segmenter: the student, images in [0, 1] -> (B, C, h, w) with C = ``clip.embed_dim``.
+        seen_names: names of the seen classes, in label order. No unseen name may come in here.
+        config: options; default the literal reading of the paper.
+
+    Raises:
+        ValueError: ``seen_names`` is empty.
+    """
+
+    seen_text: Tensor
+
+    def __init__(
+        self,
+        clip: CLIP,
+        segmenter: nn.Module,
+        seen_names: Sequence[str],
+        config: CLIPTeacherConfig | None = None,
+    ) -> None:
+        super().__init__()
+        if not seen_names:
+            raise ValueError("`seen_names` must name at least one class, got none")
+        self.config = config = config or CLIPTeacherConfig()
+        self._clip = (clip.eval().requires_grad_(False),)  # in a tuple: not a submodule
+        self.segmenter = segmenter
+        self.seen_names = tuple(seen_names)
+        text = class_text_features(clip, self.seen_names, config.templates)
+        self.register_buffer("seen_text", text, persistent=False)
+        self.glm = GlobalLearningModule(config.glm_pooling, config.bank_size, config.temperature)
+        self.plm = PixelLearningModule(
+            clip.embed_dim,
+            scales=config.scales,
+            seeding=config.seeding,
+            iterations=config.kmeans_iterations,
+            threshold=config.fusion_threshold,
+            ignored_share=config.ignored_share,
+            slots=config.potential_slots,
+            scope=config.potential_scope,
+            adapter=config.adapter if self.uses_adapter else "identity",
+            heads=config.adapter_heads,
+            generate=config.generate_loss,
+            similarity=config.pseudo_logits,
+            scale=config.pseudo_scale,
+            detach_prototypes=config.detach_prototypes,
+            seen_competition=config.seen_competition,
+        )
+
+    @property
+    def clip(self) -> CLIP:
+        """The frozen teacher."""
+        return self._clip[0]
+
+    @property
+    def uses_adapter(self) -> bool:
+        """Whether any loss term reads what the adapter makes."""
+        config = self.config
+        return (config.ce == "all" and config.ce_weight > 0) or config.generate_weight > 0
+
+    def forward(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Compute every loss term of Eq. (11)-(12), arXiv:2310.02296v1, already weighted.
+
+        Args:
+            images: (B, 3, H, W) uint8, or float in [0, 1]; sides are multiples of CLIP's patch.
+            labels: (B, H, W) integers: [0, S) in the order of ``seen_names``, 255 without label.
+
+        Returns:
+            ``global``, ``ce``, ``focal``, ``dice``, ``generate`` and their sum ``total``, scalars.
+
+        Raises:
+            ValueError: images and labels do not fit together, or the student's width is not C.
+        """
+        if labels.shape != (images.shape[0], *images.shape[2:]):
+            raise ValueError(
+                f"`labels` (B, H, W) must fit `images` (B, 3, H, W), got {tuple(labels.shape)} for "
+                f"{tuple(images.shape)}; crop both alike"
+            )
+        config = self.config
+        pixels = images.float() / 255 if images.dtype == torch.uint8 else images
+        features = self.segmenter(pixels)  # (B, C, h, w)
+        cls, dense = self.encode(pixels)
+        cosine = config.logits == "cosine"
+        seen_text = self.seen_text.to(features.dtype)
+        seen_logits = pixel_logits(features, seen_text, config.logit_scale, cosine)
+        near_labels = resize_nearest(labels, (features.shape[2], features.shape[3]))
+        zero = features.new_zeros((), dtype=torch.float32)
+        losses = {"global": zero, "ce": zero, "focal": zero, "dice": zero, "generate": zero}
+        if config.global_weight > 0:
+            losses["global"] = config.global_weight * self.glm(features, cls)
+        if self.uses_adapter:
+            pixel = self.plm(features, seen_logits, dense, cls, labels, self.seen_text)
+            losses["generate"] = config.generate_weight * pixel.generate
+            if config.ce == "all":
+                losses["ce"] = config.ce_weight * pixel.ce
+        if config.ce == "seen":
+            losses["ce"] = config.ce_weight * seen_cross_entropy(seen_logits, near_labels)
+        if config.focal_weight > 0 or config.dice_weight > 0:
+            pairs = average_over_ranks(count_pairs(near_labels, len(self.seen_names), IGNORE_INDEX))
+            losses["focal"], losses["dice"] = nel(
+                seen_logits,
+                near_labels,
+                focal_weight=config.focal_weight,
+                dice_weight=config.dice_weight,
+                pair_count=pairs,
+            )
+        losses["total"] = torch.stack(tuple(losses.values())).sum()
+        return losses
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Ask the teacher for CLS tokens (B, C) and the dense tokens to cluster (B, C', h, w)."""
+        features = self.clip.encode_image(pixels)
+        tokens = features.dense if self.config.tokens == "projected" else features.final
+        return features.cls, tokens
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CLIPTeacher:
+        # .to(), .float() and the like reach the teacher too
+        self.clip._apply(fn)  # type: ignore[no-untyped-call]
+        return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def seen_cross_entropy(seen_logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross entropy of the seen pixels among the seen classes alone: no pseudo labels.
+
+    Args:
+        seen_logits: (B, S, h, w).
+        labels: (B, h, w) integers in [0, S), 255 without label.
+
+    Returns:
+        scalar, the mean over the labelled pixels; 0 without one.
+    """
+    total = nn.functional.cross_entropy(
+        seen_logits.float(), labels.long(), ignore_index=IGNORE_INDEX, reduction="sum"
+    )
+    return total / (labels != IGNORE_INDEX).sum().clamp(min=1)
+
+
+def average_over_ranks(count: Tensor) -> Tensor:
+    """Average a count over all ranks; the count itself in a single process."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return count
+    total = count.clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()

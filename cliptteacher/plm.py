@@ -1,0 +1,324 @@
+"""Pixel Learning Module (PLM): pseudo labels and classifiers for the unannotated area.
+
+Section 3.3 of arXiv:2310.02296v1. One training step, for B images with N tokens each:
+
+    centres  = multi-scale windows of CLIP's dense tokens             Eq. (4)-(5), ``kmeans.py``
+    clusters = cosine K-Means on the tokens without annotation                     ``kmeans.py``
+    groups   = clusters fused by similarity                           Algorithm 1, ``fusion.py``
+    L_a      = seen labels + groups                                   Eq. (6), ``merge_labels``
+    p        = mean student feature of every label                    Eq. (7), ``class_prototypes``
+    P        = VLA(p, CLS tokens)                                     Section 3.3, ``vla.py``
+    generate = || P_seen - T_seen ||^2                                Eq. (8), ``generate_loss``
+    x        = R^T . cat(T_seen, P_u),  CE(x, L_a)                    Eq. (9)-(10)
+
+Every image owns ``slots`` label ids for its groups, used or not, so that all shapes are fixed and
+nothing waits for the device: label S + b * slots + g is group g of image b. Absent slots get a
+bias of -10^4 and cannot win.
+
+Cost: K-Means 2 * iterations * B N K C, logits B h w C (S + B * slots) multiply-adds.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .fusion import fuse_clusters
+from .kmeans import Seeding, masked_kmeans, multiscale_centers
+from .vla import Adapter, build_adapter
+
+NO_LABEL = -1  # pixels without any label; pseudo label ids pass 255, so 255 cannot serve
+_ABSENT = -1e4  # bias of absent classifiers; finite, and within float16
+
+PotentialScope = Literal["batch", "image"]
+GenerateLoss = Literal["mse", "bce"]
+Similarity = Literal["dot", "cosine"]
+
+
+class PixelTargets(NamedTuple):
+    """Labels of seen and potential classes at the resolution of the student's features."""
+
+    labels: Tensor  # (B, h, w) int64: [0, S) seen, S + b * slots + g potential, -1 none
+    slots: int  # potential classes that every image owns
+
+
+class PixelLosses(NamedTuple):
+    """What the Pixel Learning Module adds to the loss, Eq. (8) and (10)."""
+
+    ce: Tensor  # scalar
+    generate: Tensor  # scalar
+
+
+def unannotated_share(labels: Tensor, grid: tuple[int, int], ignore_index: int = 255) -> Tensor:
+    """Average, for every token, how many of its pixels have no label.
+
+    Args:
+        labels: (B, H, W) integers.
+        grid: (h, w) of the tokens.
+        ignore_index: the value of pixels without a label.
+
+    Returns:
+        (B, h, w) float32 in [0, 1]
+    """
+    ignored = (labels == ignore_index).float()
+    return F.adaptive_avg_pool2d(ignored[:, None], grid)[:, 0]
+
+
+def merge_labels(
+    labels: Tensor, groups: Tensor, num_seen: int, slots: int, ignore_index: int = 255
+) -> Tensor:
+    """Join seen labels and groups into L_a, Eq. (6), arXiv:2310.02296v1.
+
+    A pixel with a seen label keeps it; a pixel without one gets the group of its token, if any.
+
+    Args:
+        labels: (B, h, w) seen labels in [0, num_seen) or ``ignore_index``.
+        groups: (B, h, w) groups in [0, slots) or -1.
+        num_seen: S.
+        slots: potential classes that every image owns; groups from ``slots`` on are left out.
+        ignore_index: the value of pixels without a label.
+
+    Returns:
+        (B, h, w) int64: [0, S) seen, S + b * slots + g for group g of image b, -1 none.
+    """
+    B = labels.shape[0]
+    first = num_seen + slots * torch.arange(B, device=labels.device).view(B, 1, 1)
+    found = (groups >= 0) & (groups < slots)
+    potential = torch.where(found, groups + first, NO_LABEL)
+    return torch.where(labels == ignore_index, potential, labels.long())
+
+
+def class_prototypes(features: Tensor, labels: Tensor, num_labels: int) -> tuple[Tensor, Tensor]:
+    """Average the features of every label over the batch, Eq. (7), arXiv:2310.02296v1.
+
+    Args:
+        features: R (B, C, h, w).
+        labels: (B, h, w) int64 in [0, num_labels), or -1 for pixels that count nowhere.
+        num_labels: L.
+
+    Returns:
+        prototypes (L, C) float32, zero for absent labels; present (L,) bool.
+    """
+    B, C, h, w = features.shape
+    rows = features.permute(0, 2, 3, 1).reshape(B * h * w, C).float()
+    bins = torch.where(labels < 0, num_labels, labels).flatten()  # the last bin is thrown away
+    sums = rows.new_zeros(num_labels + 1, C).index_add(0, bins, rows)[:num_labels]
+    ones = rows.new_ones(B * h * w)
+    counts = rows.new_zeros(num_labels + 1).index_add(0, bins, ones)[:num_labels]
+    return sums / counts.clamp(min=1).unsqueeze(1), counts > 0
+
+
+def generate_loss(
+    generated: Tensor, text: Tensor, present: Tensor, kind: GenerateLoss = "mse"
+) -> Tensor:
+    """Pull the generated seen classifiers to their text features, Eq. (8), arXiv:2310.02296v1.
+
+    ``mse``: mean over the present classes of ||p_i - t_i||^2.
+    ``bce`` (second version of the paper): binary cross entropy of sigmoid(P_seen . T^T) against
+    the identity, over the rows of the present classes.
+
+    Args:
+        generated: (S, C) what the adapter made of the seen prototypes.
+        text: T (S, C) unit rows.
+        present: (S,) bool, the seen classes of this batch.
+        kind: "mse" or "bce".
+
+    Returns:
+        scalar; 0 without a present class
+
+    Deviation: Eq. (8) sums; the text calls the loss an MSE, so it is averaged over the classes.
+    """
+    if kind == "mse":
+        per_class = (generated.float() - text.float()).square().sum(dim=1)
+    else:
+        scores = generated.float() @ text.float().T
+        identity = torch.eye(len(text), device=text.device)
+        per_class = F.binary_cross_entropy_with_logits(scores, identity, reduction="none").mean(1)
+    return (per_class * present).sum() / present.sum().clamp(min=1)
+
+
+def score_classes(
+    features: Tensor,
+    weights: Tensor,
+    scale: float = 1.0,
+    similarity: Similarity = "dot",
+    present: Tensor | None = None,
+) -> Tensor:
+    """Score every position against classifiers, Eq. (9), arXiv:2310.02296v1.
+
+    Args:
+        features: R (B, C, h, w).
+        weights: (K, C) for all images, or (B, K, C), one set per image.
+        scale: factor of the scores.
+        similarity: "dot" takes both sides as they are, "cosine" at unit length.
+        present: (K,) or (B, K) bool; absent classifiers score about -10^4.
+
+    Returns:
+        (B, K, h, w) in the dtype of ``features``
+    """
+    if similarity == "cosine":
+        features, weights = F.normalize(features, dim=1), F.normalize(weights, dim=-1)
+    weights = (scale * weights).to(features.dtype)
+    equation = "bchw,kc->bkhw" if weights.ndim == 2 else "bchw,bkc->bkhw"
+    scores = torch.einsum(equation, features, weights)
+    if present is None:
+        return scores
+    bias = torch.where(present, 0.0, _ABSENT).to(scores.dtype)
+    return scores + bias[..., None, None]  # (K, 1, 1) or (B, K, 1, 1)
+
+
+def pixel_cross_entropy(
+    seen_logits: Tensor, potential_logits: Tensor, labels: Tensor, seen_competition: bool = True
+) -> Tensor:
+    """Classify every labelled pixel among seen and potential classes, Eq. (10).
+
+    Args:
+        seen_logits: (B, S, h, w).
+        potential_logits: (B, P, h, w); their ids start at S.
+        labels: (B, h, w) int64 in [0, S + P), or -1 for pixels that count nowhere.
+        seen_competition: pixels with a seen label compete with the potential classes too.
+
+    Returns:
+        scalar, the mean over the labelled pixels; 0 without one.
+    """
+    num_seen = seen_logits.shape[1]
+    if not seen_competition:
+        is_seen = ((labels >= 0) & (labels < num_seen))[:, None]
+        potential_logits = potential_logits.masked_fill(is_seen, _ABSENT)
+    logits = torch.cat((seen_logits, potential_logits), dim=1).float()
+    total = F.cross_entropy(logits, labels, ignore_index=NO_LABEL, reduction="sum")
+    return total / (labels != NO_LABEL).sum().clamp(min=1)
+
+
+class PixelLearningModule(nn.Module):
+    """Find potential objects in the unannotated area and learn to tell them apart.
+
+    Args:
+        channels: C.
+        scales: window counts (or sizes, by ``seeding``) of the multi-scale centres.
+        seeding: reading of Eq. (4)-(5); see ``kmeans.multiscale_centers``.
+        iterations: Lloyd iterations.
+        threshold: lambda of Algorithm 1.
+        ignored_share: a token takes part if more than this share of its pixels has no label.
+        slots: potential classes that an image may own; None keeps every group (one slot a centre).
+        scope: "batch": every pixel competes with the groups of all images; "image": with those of
+            its own.
+        adapter, heads: design of the VLA; see ``vla.build_adapter``.
+        generate: "mse" or "bce"; see ``generate_loss``.
+        similarity, scale: how features are compared with the potential classifiers.
+        detach_prototypes: the queries of the VLA carry no gradient into the student.
+        seen_competition: see ``pixel_cross_entropy``.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        scales: tuple[int, ...] = (3, 7),
+        seeding: Seeding = "grid",
+        iterations: int = 10,
+        threshold: float = 0.8,
+        ignored_share: float = 0.5,
+        slots: int | None = None,
+        scope: PotentialScope = "batch",
+        adapter: Adapter = "decoder",
+        heads: int = 8,
+        generate: GenerateLoss = "mse",
+        similarity: Similarity = "dot",
+        scale: float = 1.0,
+        detach_prototypes: bool = False,
+        seen_competition: bool = True,
+    ) -> None:
+        super().__init__()
+        self.adapter = build_adapter(adapter, channels, heads)
+        self.scales, self.seeding, self.iterations = scales, seeding, iterations
+        self.threshold, self.ignored_share, self.slots = threshold, ignored_share, slots
+        self.scope, self.generate = scope, generate
+        self.similarity, self.scale = similarity, scale
+        self.detach_prototypes, self.seen_competition = detach_prototypes, seen_competition
+
+    @torch.no_grad()
+    def group_tokens(self, dense: Tensor, labels: Tensor) -> tuple[Tensor, int]:
+        """Cluster and fuse the unannotated tokens, Eq. (4)-(5) and Algorithm 1.
+
+        Args:
+            dense: D (B, C', h, w), CLIP's dense tokens.
+            labels: (B, H, W) seen labels at the size of the image, 255 without.
+
+        Returns:
+            (B, h, w) int64, the group of every token, -1 where the token is annotated; and K, the
+            number of clusters that an image starts with, which no group id reaches.
+        """
+        B, _, h, w = dense.shape
+        dense = dense.float()
+        take_part = unannotated_share(labels, (h, w)) > self.ignored_share
+        centers = multiscale_centers(dense, self.scales, self.seeding)
+        tokens = dense.flatten(2).transpose(1, 2)  # (B, N, C')
+        clusters = masked_kmeans(tokens, centers, take_part.flatten(1), self.iterations)
+        group_of_cluster = fuse_clusters(clusters.centers, clusters.counts > 0, self.threshold)
+        groups = group_of_cluster.gather(1, clusters.assignment.clamp(min=0))
+        groups = groups.where(take_part.flatten(1), NO_LABEL).reshape(B, h, w)
+        return groups, centers.shape[1]
+
+    @torch.no_grad()
+    def make_targets(
+        self, dense: Tensor, labels: Tensor, size: tuple[int, int], num_seen: int
+    ) -> PixelTargets:
+        """Make L_a, Eq. (6), at the resolution (h, w) of the student's features."""
+        groups, num_clusters = self.group_tokens(dense, labels)
+        slots = num_clusters if self.slots is None else self.slots
+        near_labels, near_groups = resize_nearest(labels, size), resize_nearest(groups, size)
+        return PixelTargets(merge_labels(near_labels, near_groups, num_seen, slots), slots)
+
+    def forward(
+        self,
+        features: Tensor,
+        seen_logits: Tensor,
+        dense: Tensor,
+        cls: Tensor,
+        labels: Tensor,
+        text: Tensor,
+    ) -> PixelLosses:
+        """Compute L_CE and L_generate, Eq. (6)-(10), arXiv:2310.02296v1.
+
+        Args:
+            features: R (B, C, h, w) of the student.
+            seen_logits: (B, S, h, w), the student's scores of the seen classes.
+            dense: D (B, C', h', w'), CLIP's dense tokens.
+            cls: s (B, C), CLIP's CLS tokens.
+            labels: (B, H, W) seen labels in [0, S), 255 without.
+            text: T (S, C), unit text features of the seen classes.
+        """
+        B, _, h, w = features.shape
+        S = text.shape[0]
+        ids, slots = self.make_targets(dense, labels, (h, w), S)
+        prototypes, present = class_prototypes(features, ids, S + B * slots)
+        if self.detach_prototypes:
+            prototypes = prototypes.detach()
+        generated = self.adapter(prototypes, cls, present)  # (S + B * slots, C)
+        loss = generate_loss(generated[:S], text, present[:S], self.generate)
+        potential, exists = generated[S:], present[S:]
+        if self.scope == "image":
+            potential, exists = potential.reshape(B, slots, -1), exists.reshape(B, slots)
+            ids = own_image_ids(ids, S, slots)
+        logits = score_classes(features, potential, self.scale, self.similarity, exists)
+        return PixelLosses(
+            pixel_cross_entropy(seen_logits, logits, ids, self.seen_competition), loss
+        )
+
+
+def own_image_ids(labels: Tensor, num_seen: int, slots: int) -> Tensor:
+    """Turn batch-wide potential ids S + b * slots + g into S + g."""
+    within = num_seen + (labels - num_seen) % slots
+    return torch.where(labels < num_seen, labels, within)
+
+
+def resize_nearest(labels: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bring an integer map (B, H, W) to (h, w) by nearest sampling at the pixel centres."""
+    H, W = labels.shape[1:]
+    rows = ((torch.arange(size[0], device=labels.device) + 0.5) * (H / size[0])).long()
+    columns = ((torch.arange(size[1], device=labels.device) + 0.5) * (W / size[1])).long()
+    return labels[:, rows[:, None], columns]

@@ -1,0 +1,90 @@
+"""The trainable students: any network from images to dense features of the joint space.
+
+Section 3.1 of arXiv:2310.02296v1 asks of the student only that it maps images (B, 3, H, W) to
+features (B, C, h, w), with C the width of the CLIP space. `build_segmenter` makes one by name,
+`adapt_segmenter` makes one of a foreign network. Either has `head`, the layers that are new and
+may learn faster, `stride`, and `channels`. Nothing here costs more than building the network.
+"""
+
+import difflib
+from collections.abc import Callable
+from dataclasses import fields, replace
+from functools import partial
+from pathlib import Path
+
+from torch import nn
+
+from .adapt import AdaptedSegmenter, adapt_segmenter
+from .segformer import SEGFORMER_CONFIGS, Segformer, SegformerConfig
+from .weights import load_segformer_weights, read_segformer_weights
+
+__all__ = [
+    "AdaptedSegmenter",
+    "Segformer",
+    "SegformerConfig",
+    "adapt_segmenter",
+    "build_segmenter",
+    "list_segmenters",
+]
+
+
+def list_segmenters() -> list[str]:
+    """List the names that `build_segmenter` knows, from small to large in each family."""
+    return list(_BUILDERS)
+
+
+def build_segmenter(
+    name: str, channels: int, weights: str | Path | None = None, **options: object
+) -> nn.Module:
+    """Build a student by name.
+
+    Args:
+        name: One of `list_segmenters()`.
+        channels: C, the width of the joint space, `clip.embed_dim`.
+        weights: `"imagenet"` for the published backbone, a file, or None for random weights.
+        options: Fields of the configuration of the family, such as `drop_path=0.0`.
+
+    Returns:
+        A network from images (B, 3, H, W) in [0, 1] to features (B, C, H/4, W/4).
+
+    Raises:
+        ValueError: If the name or an option is unknown, or the weights do not fit.
+        FileNotFoundError: If the weights are neither there nor can be downloaded.
+
+    >>> build_segmenter("segformer_nano", channels=64).stride
+    4
+    """
+    if name not in _BUILDERS:
+        raise ValueError(
+            f"`name` must be a known segmenter, got {name!r}; {_suggest(name, list_segmenters())}"
+        )
+    return _BUILDERS[name](channels, weights, options)
+
+
+def _build_segformer(
+    name: str, channels: int, weights: str | Path | None, options: dict[str, object]
+) -> Segformer:
+    known = [field.name for field in fields(SegformerConfig)]
+    for option in options:
+        if option not in known:
+            raise ValueError(f"{name} has no option {option!r}; {_suggest(option, known)}")
+    state = {} if weights is None else read_segformer_weights(name, weights)
+    if "head.fuse.weight" in state:
+        # A published head knows its width, which differs between releases of the same size.
+        options = {"decoder_channels": len(state["head.fuse.weight"]), **options}
+    config = replace(SEGFORMER_CONFIGS[name], **options)  # type: ignore[arg-type]
+    model = Segformer(config, channels)
+    if weights is not None:
+        load_segformer_weights(model, state)
+    return model
+
+
+def _suggest(unknown: str, known: list[str]) -> str:
+    """Name the nearest known word, then all of them."""
+    nearest = difflib.get_close_matches(unknown, known, n=1, cutoff=0.0)[0]
+    return f"did you mean {nearest!r}? Known: {', '.join(known)}"
+
+
+_BUILDERS: dict[str, Callable[[int, str | Path | None, dict[str, object]], nn.Module]] = {
+    name: partial(_build_segformer, name) for name in SEGFORMER_CONFIGS
+}

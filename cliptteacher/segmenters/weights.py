@@ -1,0 +1,331 @@
+"""Published weights for the students: find the file, check it, rename its tensors.
+
+Three families of files describe the same SegFormer: the authors' release (`block1.0.attn.q`), the
+toolbox's conversion (`layers.0.1.0.attn.attn.in_proj`) and Hugging Face's
+(`encoder.block.0.0.attention.self.query`). One table of renamings covers them, since no pattern of
+one matches a name of another; afterwards
+
+    separate keys and values are joined, a joint query-key-value is split,
+    a 1x1 convolution becomes the linear layer it is, ImageNet classifiers are dropped by name,
+
+and what is left must fit the model tensor by tensor. Nothing is unpickled but tensors, and a
+downloaded file is used only if its SHA-256 starts as its name says. Section 4.2 of
+arXiv:2310.02296v1 starts every student from ImageNet. The cost is one read of the file.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import os
+import pickle
+import re
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
+
+_SEGFORMER_HOST = "https://download.openmmlab.com/mmsegmentation/v0.5/pretrain/segformer/"
+_SEGFORMER_LICENCE = (
+    "the ImageNet weights of SegFormer are licensed by NVIDIA for research and evaluation only"
+)
+SEGFORMER_IMAGENET = {
+    "segformer_b0": "mit_b0_20220624-7e0fe6dd.pth",
+    "segformer_b1": "mit_b1_20220624-02e5a6a1.pth",
+    "segformer_b2": "mit_b2_20220624-66e8bf70.pth",
+    "segformer_b3": "mit_b3_20220624-13b1141c.pth",
+    "segformer_b4": "mit_b4_20220624-d588d980.pth",
+    "segformer_b5": "mit_b5_20220624-658746d9.pth",
+}
+
+# Applied in order to every name. `#n` is a stage counted from one, see `_rename`.
+_RENAMINGS = (
+    (r"^(?:backbone|segformer)\.", ""),
+    # The authors' release.
+    (r"^patch_embed(\d)\.", r"stages.#\1.patch_embed."),
+    (r"^block(\d)\.(\d+)\.", r"stages.#\1.blocks.\2."),
+    (r"^norm(\d)\.", r"stages.#\1.norm."),
+    (r"^decode_head\.linear_c(\d)\.proj\.", r"head.linears.#\1."),
+    (r"^decode_head\.linear_fuse\.conv\.", "head.fuse."),
+    (r"^decode_head\.linear_fuse\.bn\.", "head.norm."),
+    (r"^decode_head\.linear_pred\.", "head.classifier."),
+    # The toolbox.
+    (r"^layers\.(\d)\.0\.projection\.", r"stages.\1.patch_embed.proj."),
+    (r"^layers\.(\d)\.0\.norm\.", r"stages.\1.patch_embed.norm."),
+    (r"^layers\.(\d)\.1\.(\d+)\.", r"stages.\1.blocks.\2."),
+    (r"^layers\.(\d)\.2\.", r"stages.\1.norm."),
+    (r"\.attn\.attn\.in_proj_", ".attn.qkv."),
+    (r"\.attn\.attn\.out_proj\.", ".attn.proj."),
+    (r"\.ffn\.layers\.0\.", ".mlp.fc1."),
+    (r"\.ffn\.layers\.1\.", ".mlp.dwconv."),
+    (r"\.ffn\.layers\.4\.", ".mlp.fc2."),
+    # Hugging Face.
+    (r"^encoder\.patch_embeddings\.(\d)\.", r"stages.\1.patch_embed."),
+    (r"^encoder\.block\.(\d)\.(\d+)\.", r"stages.\1.blocks.\2."),
+    (r"^encoder\.layer_norm\.(\d)\.", r"stages.\1.norm."),
+    (r"\.layer_norm_(\d)\.", r".norm\1."),
+    (r"\.attention\.self\.query\.", ".attn.q."),
+    (r"\.attention\.self\.key\.", ".attn.k."),
+    (r"\.attention\.self\.value\.", ".attn.v."),
+    (r"\.attention\.self\.", ".attn."),
+    (r"\.attention\.output\.dense\.", ".attn.proj."),
+    (r"\.layer_norm\.", ".norm."),
+    (r"\.mlp\.dense(\d)\.", r".mlp.fc\1."),
+    (r"^decode_head\.linear_c\.(\d)\.proj\.", r"head.linears.\1."),
+    (r"^decode_head\.linear_fuse\.", "head.fuse."),
+    (r"^decode_head\.batch_norm\.", "head.norm."),
+    (r"^decode_head\.classifier\.", "head.classifier."),
+    # The authors and Hugging Face.
+    (r"\.mlp\.dwconv\.dwconv\.", ".mlp.dwconv."),
+    (r"^stages\.", "backbone.stages."),
+)
+# ImageNet classifiers, and a layer that the authors' head registers but never runs.
+_DROPPED = re.compile(r"(?:head|classifier)\.(?:weight|bias)|decode_head\.conv_seg\..*")
+
+_SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+}
+
+
+def read_segformer_weights(name: str, source: str | Path) -> dict[str, Tensor]:
+    """Read the weights of a SegFormer and give its tensors the names of `Segformer`.
+
+    Args:
+        name: The segmenter, such as `"segformer_b0"`.
+        source: `"imagenet"` for the published backbone, downloaded once to the cache of
+            `torch.hub`, or a `.pth`, `.pt`, `.bin` or `.safetensors` file: one of the three
+            published forms, or a state dict of `Segformer`.
+
+    Returns:
+        Tensors by parameter name, `backbone.*` and, if the file has them, `head.*`.
+
+    Raises:
+        FileNotFoundError: If there is no such file, or the download is impossible.
+        RuntimeError: If the SHA-256 of the downloaded file is not the published one.
+        ValueError: If nothing is published for `name`, or the file does not hold tensors by name.
+    """
+    if source != "imagenet":
+        return convert_segformer_keys(read_state_dict(Path(source)))
+    if name not in SEGFORMER_IMAGENET:
+        known = ", ".join(SEGFORMER_IMAGENET)
+        raise ValueError(
+            f'`weights="imagenet"` exists for {known}, not for {name!r}; pass a path or None'
+        )
+    _announce(_SEGFORMER_LICENCE)
+    path = fetch(_SEGFORMER_HOST + SEGFORMER_IMAGENET[name])
+    return convert_segformer_keys(read_state_dict(path))
+
+
+def convert_segformer_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the tensors of any published SegFormer file to the parameters of `Segformer`.
+
+    Args:
+        state: Tensors by the names of the file.
+
+    Returns:
+        Tensors by our names; a name that no rule knows is kept, for the report of
+        `load_segformer_weights`.
+    """
+    renamed = {_rename(key): value for key, value in state.items() if not _is_dropped(key)}
+    converted: dict[str, Tensor] = {}
+    for key, value in renamed.items():
+        if ".attn.qkv." in key:
+            width = value.shape[0] // 3
+            converted[key.replace(".qkv.", ".q.")] = value[:width]
+            converted[key.replace(".qkv.", ".kv.")] = value[width:]
+        elif ".attn.k." in key and (partner := key.replace(".k.", ".v.")) in renamed:
+            converted[key.replace(".k.", ".kv.")] = torch.cat((value, renamed[partner]))
+        elif ".attn.v." in key and key.replace(".v.", ".k.") in renamed:
+            continue  # joined with its key above
+        else:
+            is_linear = value.ndim == 4 and value.shape[2:] == (1, 1)
+            converted[key] = value.flatten(1) if is_linear else value
+    return converted
+
+
+def load_segformer_weights(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copy converted weights into a `Segformer`; every tensor has to fit.
+
+    Two parts may stay as initialised: the whole head, if the file has none of it, and its last
+    layer, if the file's was trained for another number of outputs (the classes of a benchmark).
+
+    Args:
+        model: A `Segformer`.
+        state: The result of `read_segformer_weights`.
+
+    Raises:
+        ValueError: If a tensor is missing, unknown or of another shape.
+    """
+    current = model.state_dict()
+    kept = {key for key in current if key.startswith("head.")}
+    if any(key.startswith("head.") for key in state):
+        kept = {key for key in kept if _is_other_classifier(key, state, current)}
+    if kept:
+        logger.info("left as initialised: %s", ", ".join(sorted(kept)))
+    given = {key: value for key, value in state.items() if key not in kept}
+    expected = {key: value for key, value in current.items() if key not in kept}
+    _check_fit(given, expected)
+    model.load_state_dict({**current, **given})
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """Read tensors by name from a `.safetensors` file or a file of `torch.save`, on the CPU.
+
+    Args:
+        path: The file; the state dict may be wrapped in an entry `segmenter`, `state_dict` or
+            `model`.
+
+    Returns:
+        Tensors by the names of the file.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file holds anything else than tensors by name.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"weights must be 'imagenet', None or an existing file, got {str(path)!r}"
+        )
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        raise ValueError(
+            f"{path} must be a file of torch.save with tensors only; save the state dict again"
+        ) from error
+    for wrapper in ("segmenter", "state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
+        raise ValueError(f"{path} must hold tensors by name; save the state dict of the model")
+    return content
+
+
+def fetch(url: str) -> Path:
+    """Return the cached copy of a published file, downloading it at the first use.
+
+    Args:
+        url: Its address; the file name ends in `-` and the first hexadecimal digits of its SHA-256.
+
+    Returns:
+        The path in `torch.hub.get_dir()/checkpoints`.
+
+    Raises:
+        FileNotFoundError: If the file is neither there nor can be downloaded.
+        RuntimeError: If the hash is another.
+    """
+    path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
+    if path.is_file():
+        _check_hash(path, path)
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
+    logger.info("downloading %s to %s", url, path)
+    try:
+        torch.hub.download_url_to_file(url, str(partial), progress=False)
+        _check_hash(partial, path)
+        partial.replace(path)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"{path} is missing and could not be downloaded ({error}); get {url} and put it there"
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def _check_hash(path: Path, published: Path) -> None:
+    expected = published.stem.rsplit("-", 1)[1]
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    if not digest.hexdigest().startswith(expected):
+        raise RuntimeError(
+            f"the SHA-256 of {published} must start with {expected}, got "
+            f"{digest.hexdigest()[:16]}; delete the file and download it again"
+        )
+
+
+@cache
+def _announce(licence: str) -> None:
+    """Log a licence once a process, at a level that is shown by default."""
+    logger.warning(licence)
+
+
+def _rename(key: str) -> str:
+    for pattern, replacement in _RENAMINGS:
+        key = re.sub(pattern, replacement, key)
+    return re.sub(r"#(\d)", lambda match: str(int(match[1]) - 1), key)
+
+
+def _is_dropped(key: str) -> bool:
+    dropped = _DROPPED.fullmatch(key) is not None
+    if dropped:
+        logger.debug("not used: %s", key)
+    return dropped
+
+
+def _is_other_classifier(
+    key: str, state: Mapping[str, Tensor], current: Mapping[str, Tensor]
+) -> bool:
+    is_classifier = key.startswith("head.classifier.") and key in state
+    return is_classifier and len(state[key]) != len(current[key])
+
+
+def _check_fit(given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Raise one error that names the missing, the unknown and the misshapen tensors."""
+    problems = {
+        "missing": sorted(expected.keys() - given.keys()),
+        "unknown": sorted(given.keys() - expected.keys()),
+        "of another shape": [
+            f"{key} {tuple(given[key].shape)} for {tuple(expected[key].shape)}"
+            for key in sorted(given.keys() & expected.keys())
+            if given[key].shape != expected[key].shape
+        ],
+    }
+    report = "; ".join(
+        f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for kind, names in problems.items()
+        if names
+    )
+    if report:
+        raise ValueError(
+            f"the weights must fit the model tensor by tensor, got {report}; "
+            "check the name of the segmenter and its options"
+        )
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Parse the format: 8 bytes of header length, a JSON header, then the raw tensors."""
+    content = path.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    try:
+        header = json.loads(content[8:start])
+        header.pop("__metadata__", None)
+        data = memoryview(bytearray(content[start:]))
+        return {name: _slice_tensor(data, entry) for name, entry in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} must be a complete safetensors file; get it again") from error
+
+
+def _slice_tensor(data: memoryview, entry: Mapping[str, Any]) -> Tensor:
+    dtype = _SAFETENSORS_DTYPES[entry["dtype"]]
+    shape = tuple(entry["shape"])
+    start, stop = entry["data_offsets"]
+    if not 0 <= start <= stop <= len(data) or stop - start != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"bytes {start} to {stop} do not hold {shape} values of {dtype}")
+    if start == stop:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(data[start:stop], dtype=dtype).reshape(shape)

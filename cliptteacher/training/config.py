@@ -1,0 +1,211 @@
+"""Configuration: frozen dataclasses whose fields are the command line, the JSON file and the table.
+
+Values come from four places, later ones win: the defaults of the fields, a recipe, a JSON file
+(``--config``), the command line. Every field of every class is a flag of its own name
+(``--batch-size 16``), and an unknown or mistyped key is an error that names the nearest one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """What a training run is, apart from the method's own options."""
+
+    data: Literal["miniworld", "folder"] = "miniworld"  # kind of data set
+    root: str | None = None  # folder of the data set
+    clip: str = "ViT-B/16"  # teacher: a name or a path for load_clip
+    segmenter: str = "segformer_b0"  # student, see list_segmenters()
+    segmenter_weights: str | None = None  # "imagenet", a path, or none
+    iterations: int = 20_000
+    batch_size: int = 16  # over all processes
+    crop: int = 512  # side of the training crops, a multiple of CLIP's patch
+    seed: int = 0
+    output: str | None = None  # run directory; default runs/<recipe>-<date>
+    resume: bool = False  # go on from the newest checkpoint in the run directory
+    checkpoint_interval: int = 2_000  # iterations
+    keep_checkpoints: int = 2  # older ones are deleted
+    eval_interval: int = 2_000  # iterations; 0 evaluates at the end only
+    eval_split: str = "val"  # evaluated on the way
+    test_split: str = "val"  # evaluated at the end
+    eval_mode: Literal["whole", "slide"] = "whole"
+    log_interval: int = 50  # iterations
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    workers: int = 0  # data loading processes per training process
+    precision: Literal["fp32", "bf16"] = "fp32"  # autocast of teacher and student
+    # optimisation, Section 4.2: the default schedule of the toolbox
+    learning_rate: float = 6e-5
+    head_multiplier: float = 10.0  # learning rate of the head and the adapter over the backbone's
+    weight_decay: float = 0.01
+    warmup: int = 1_500  # iterations of linear warm-up
+    warmup_start: float = 1e-6  # its first factor
+    power: float = 1.0  # of the polynomial decay
+    clip_gradient: float = 0.0  # largest gradient norm; 0 does not clip
+    # augmentation
+    resize: tuple[int, int] = (2048, 512)  # (long, short) sides that images are first fitted into
+    ratio: tuple[float, float] = (0.5, 2.0)  # times this random factor
+    max_class_share: float = 0.75  # crops with more of one class are drawn again
+    flip: float = 0.5
+    photometric: bool = True
+    # protocol
+    gamma: float = 1.5  # bonus of the unseen classes at inference, in logit units
+    closed_set: bool = False  # upper bound: train with the labels of all classes
+    dry_run: bool = False  # print the resolved plan and stop
+
+    def __post_init__(self) -> None:
+        for name in ("iterations", "batch_size", "crop", "log_interval", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}")
+        if self.data == "folder" and self.root is None:
+            raise ValueError(
+                "`root` must name the folder of the data set for data=folder, got none"
+            )
+
+
+def resolve_config(
+    classes: Sequence[type],
+    overrides: Sequence[Mapping[str, Any]] = (),
+) -> tuple[Any, ...]:
+    """Build one instance per class from flat dictionaries of values, later ones win.
+
+    Args:
+        classes: dataclasses with disjoint field names.
+        overrides: dictionaries from field name to value; lists serve as tuples.
+
+    Raises:
+        ValueError: a key is no field of any class (the nearest is named), or a value has another
+            type than its field.
+    """
+    hints = {name: hint for cls in classes for name, hint in _field_types(cls).items()}
+    values: dict[str, Any] = {}
+    for layer in overrides:
+        for key, value in layer.items():
+            name = key.replace("-", "_")
+            if name not in hints:
+                raise ValueError(unknown_key(key, list(hints)))
+            values[name] = _check_value(name, value, hints[name])
+    return tuple(
+        cls(**{name: values[name] for name in _field_types(cls) if name in values})
+        for cls in classes
+    )
+
+
+def unknown_key(key: str, known: Sequence[str]) -> str:
+    """Say that a key is unknown, and name the nearest."""
+    near = difflib.get_close_matches(key.replace("-", "_").lstrip("_"), known, n=1, cutoff=0.4)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"unknown option {key!r}{hint}"
+
+
+def parse_arguments(
+    parser: argparse.ArgumentParser, classes: Sequence[type], argv: Sequence[str] | None = None
+) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """Add a flag per field, parse, and split what was given into namespace and overrides.
+
+    Args:
+        parser: a parser that may already have arguments of its own.
+        classes: dataclasses with disjoint field names.
+        argv: command line; default that of the process.
+
+    Returns:
+        The namespace of the parser's own arguments, and the fields named on the command line only.
+    """
+    names: list[str] = []
+    for cls in classes:
+        group = parser.add_argument_group(cls.__name__)
+        defaults = {f.name: f.default for f in dataclasses.fields(cls)}
+        for name, hint in _field_types(cls).items():
+            flag = "--" + name.replace("_", "-")
+            options = _flag_options(hint)
+            options["help"] = f"default: {defaults[name]}"
+            group.add_argument(flag, dest=name, default=argparse.SUPPRESS, **options)
+            names.append(name)
+    namespace, unknown = parser.parse_known_args(argv)
+    if unknown:
+        own = [action.dest for action in parser._actions]
+        parser.error(unknown_key(unknown[0].lstrip("-"), own))
+    given = vars(namespace)
+    return namespace, {name: given[name] for name in names if name in given}
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Read a configuration file; nested objects are flattened.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is no JSON object.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"the configuration file {path} does not exist; check --config")
+    try:
+        data = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} must be JSON, but {error}") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(data).__name__}")
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        flat.update(value if isinstance(value, dict) else {key: value})
+    return flat
+
+
+def config_as_dict(*configs: Any) -> dict[str, Any]:
+    """Join the fields of configurations into one flat, JSON-ready dictionary."""
+    return {name: value for config in configs for name, value in dataclasses.asdict(config).items()}
+
+
+def _field_types(cls: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def _without_none(hint: Any) -> Any:
+    if get_origin(hint) in (typing.Union, types.UnionType):
+        return next(arg for arg in get_args(hint) if arg is not type(None))
+    return hint
+
+
+def _flag_options(hint: Any) -> dict[str, Any]:
+    """The argparse options of a field's type."""
+    kind = _without_none(hint)
+    if kind is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if get_origin(kind) is Literal:
+        return {"choices": get_args(kind), "type": type(get_args(kind)[0])}
+    if get_origin(kind) is tuple:
+        return {"nargs": "+", "type": get_args(kind)[0]}
+    return {"type": kind}
+
+
+def _check_value(name: str, value: Any, hint: Any) -> Any:
+    """Return the value in the type of its field, or say what must hold."""
+    kind = _without_none(hint)
+    if value is None and kind is not hint:
+        return None
+    if get_origin(kind) is Literal:
+        if value in get_args(kind):
+            return value
+        raise ValueError(f"`{name}` must be one of {', '.join(get_args(kind))}, got {value!r}")
+    if get_origin(kind) is tuple:
+        args = get_args(kind)
+        size_fits = args[-1] is Ellipsis or len(args) == len(value)
+        if isinstance(value, (list, tuple)) and size_fits:
+            return tuple(_check_value(name, item, args[0]) for item in value)
+        raise ValueError(f"`{name}` must be a list of {args[0].__name__}, got {value!r}")
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ValueError(f"`{name}` must be {kind.__name__}, got {value!r}")
+    return value

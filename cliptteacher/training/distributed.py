@@ -1,0 +1,84 @@
+"""One process or many: what torchrun sets up, found from its environment variables."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Process:
+    """This process among all that train together."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process prints and writes files."""
+        return self.rank == 0
+
+
+def start_process(device: str = "auto") -> Process:
+    """Join the process group that torchrun describes, or run alone without it.
+
+    NCCL on CUDA, gloo on the CPU.
+
+    Args:
+        device: "auto" takes CUDA where there is one, else "cpu" or "cuda".
+
+    Raises:
+        RuntimeError: CUDA was asked for and there is none, or fewer devices than processes.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if device == "cuda":
+        if torch.cuda.device_count() <= local_rank:
+            raise RuntimeError(
+                f"process {local_rank} needs a CUDA device of its own, found "
+                f"{torch.cuda.device_count()}; use --device cpu or a smaller --nproc_per_node"
+            )
+        torch.cuda.set_device(local_rank)
+    if "WORLD_SIZE" not in os.environ:
+        return Process(0, 0, 1, torch.device(device))
+    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    chosen = torch.device(device, local_rank) if device == "cuda" else torch.device("cpu")
+    return Process(dist.get_rank(), local_rank, dist.get_world_size(), chosen)
+
+
+def stop_process() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def wait_for_all() -> None:
+    """Wait until every process is here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def mean_over_processes(values: Tensor) -> Tensor:
+    """Average a tensor over all processes."""
+    if not dist.is_initialized():
+        return values
+    values = values.clone()
+    dist.all_reduce(values)
+    return values / dist.get_world_size()
+
+
+def gather_from_processes(value: Tensor, device: torch.device) -> list[Tensor]:
+    """Collect one tensor of equal shape from every process, on the CPU, in rank order."""
+    if not dist.is_initialized():
+        return [value.cpu()]
+    own = value.to(device)
+    gathered = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, own)
+    return [item.cpu() for item in gathered]

@@ -1,0 +1,70 @@
+"""AdamW with the parameter groups of the toolbox's default schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
+_POSITIONS = ("pos_embed", "position", "relative_position_bias_table")
+
+
+def parameter_groups(
+    model: nn.Module,
+    learning_rate: float,
+    weight_decay: float,
+    head_multiplier: float = 10.0,
+    head_prefixes: tuple[str, ...] = ("segmenter.head", "plm.adapter"),
+) -> list[dict[str, Any]]:
+    """Sort trainable parameters by learning rate and weight decay.
+
+    Norms and positional tables do not decay; the head and the adapter, which start from random
+    numbers, learn faster than the backbone.
+
+    Args:
+        model: a ``CLIPTeacher`` or any module.
+        learning_rate: of the backbone.
+        weight_decay: of everything but norms and positional tables.
+        head_multiplier: learning rate of the head over that of the backbone.
+        head_prefixes: module paths that count as head.
+
+    Returns:
+        Up to four groups with ``params``, ``lr``, ``base_lr``, ``weight_decay``, ``name``.
+    """
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for path, parameter, is_norm in _named_parameters(model):
+        if not parameter.requires_grad:
+            continue
+        head = path.startswith(head_prefixes)
+        decays = not is_norm and not any(word in path for word in _POSITIONS)
+        groups.setdefault((head, decays), []).append(parameter)
+    return [
+        {
+            "name": ("head" if head else "backbone") + ("" if decays else ", no decay"),
+            "params": parameters,
+            "lr": learning_rate * (head_multiplier if head else 1.0),
+            "base_lr": learning_rate * (head_multiplier if head else 1.0),
+            "weight_decay": weight_decay if decays else 0.0,
+        }
+        for (head, decays), parameters in sorted(groups.items())
+    ]
+
+
+def build_optimizer(groups: list[dict[str, Any]]) -> torch.optim.AdamW:
+    """AdamW with betas (0.9, 0.999); fused, so that one kernel updates a whole group."""
+    return torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Set every group to its base learning rate times a factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor
+
+
+def _named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, bool]]:
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            yield f"{path}.{name}" if path else name, parameter, isinstance(module, _NORMS)

@@ -1,0 +1,394 @@
+"""Draw what the model does: overlays with a legend, prediction panels, attention and clusters.
+
+The material of Figures 5-7 of arXiv:2310.02296v1. Every function takes tensors as the rest of the
+package makes them (images (3, H, W), label maps (H, W)) and returns a `PIL.Image`:
+
+    overlay           image with its classes in colour and a legend with their area
+    prediction_panel  rows of image | label | prediction | unseen classes alone
+    heat_map          the attention of the GLM over the image
+    cluster_map       the groups of the PLM over the image
+
+Small images are enlarged, so that a 128-pixel crop is readable. Cost: milliseconds per image.
+"""
+
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+Colour = tuple[int, int, int]
+Pixels = NDArray[np.uint8]
+Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
+Entry = tuple[str, Colour, bool]  # text, swatch, marked as unseen
+
+IGNORE_INDEX = 255
+_PAPER, _INK, _ACCENT, _IGNORED = (255, 255, 255), (40, 40, 40), (200, 48, 32), (70, 70, 70)
+_MARGIN, _GAP, _MARK = 12, 8, "unseen"
+_READABLE = 256  # pixels of the long side up to which images are enlarged
+_CELL = 512  # pixels of the long side above which a panel shrinks its images
+# Dark violet over red to light yellow: monotone in lightness, readable in grey.
+_HEAT = np.array([(8, 6, 40), (96, 20, 110), (196, 52, 80), (246, 140, 36), (252, 250, 180)])
+
+
+def class_palette(num_classes: int) -> Pixels:
+    """Return distinct colours, the same ones every time.
+
+    Each colour is the one farthest (in CIELAB) from all before it, so a larger palette begins
+    with the smaller one. Greys, black and white are left to the image itself.
+
+    Args:
+        num_classes: number of colours, at most 256.
+
+    Returns:
+        Colours, uint8 (num_classes, 3).
+
+    Raises:
+        ValueError: if `num_classes` is out of range.
+    """
+    if not 0 <= num_classes <= 256:
+        raise ValueError(f"`num_classes` must lie in 0..256, got {num_classes}")
+    steps = np.linspace(0, 255, 12).round().astype(np.uint8)
+    colours = np.stack(np.meshgrid(steps, steps, steps, indexing="ij"), axis=-1).reshape(-1, 3)
+    lab = _to_lab(colours)
+    vivid = (np.hypot(lab[:, 1], lab[:, 2]) > 30) & (lab[:, 0] > 30) & (lab[:, 0] < 90)
+    colours, lab = colours[vivid], lab[vivid]
+    chosen: list[int] = []
+    distance = -np.abs(lab - _to_lab(np.array([[31, 119, 180]]))).sum(1)  # begin with a blue
+    for _ in range(num_classes):
+        chosen.append(int(distance.argmax()))
+        to_newest = np.linalg.norm(lab - lab[chosen[-1]], axis=1)
+        distance = to_newest if len(chosen) == 1 else np.minimum(distance, to_newest)
+    return colours[chosen]
+
+
+def overlay(
+    image: Tensor,
+    labels: Tensor,
+    class_names: Sequence[str],
+    palette: Pixels | None = None,
+    alpha: float = 0.5,
+    unseen: Sequence[int] = (),
+) -> Image.Image:
+    """Draw a label map over its image, with a legend of the classes present.
+
+    Args:
+        image: (3, H, W), uint8 or float in [0, 1].
+        labels: (H, W) label values; 255 keeps the bare image.
+        class_names: names of all A classes.
+        palette: uint8 (A, 3); `class_palette(A)` if left out.
+        alpha: opacity of the colours, 0..1.
+        unseen: label values marked as unseen in the legend.
+
+    Returns:
+        Picture, RGB. The legend names the share of the area, largest first.
+
+    Raises:
+        ValueError: if image and labels differ in size or a label has no name.
+    """
+    colours = class_palette(len(class_names)) if palette is None else palette
+    pixels, values = _prepare(image, labels, len(class_names))
+    size = _display_size(pixels, _READABLE, None)
+    painted = _paint(_resize(pixels, size), _resize_labels(values, size), colours, alpha)
+    counts = np.bincount(values[values != IGNORE_INDEX], minlength=len(class_names))
+    entries: list[Entry] = [
+        (f"{class_names[k]} {_percent(counts[k] / values.size)}", _colour(colours, k), k in unseen)
+        for k in np.argsort(-counts, kind="stable")
+        if counts[k]
+    ]
+    font = _font(np.clip(size[0] // 45, 13, 40))
+    sheet, top = Image.fromarray(painted), _MARGIN + size[1] + _GAP
+    width = max(size[0], 240) + 2 * _MARGIN
+    canvas = Image.new("RGB", (width, top + _legend_height(entries, width, font)), _PAPER)
+    canvas.paste(sheet, ((width - size[0]) // 2, _MARGIN))
+    _draw_legend(canvas, entries, top, font)
+    return canvas
+
+
+def prediction_panel(
+    images: Sequence[Tensor] | Tensor,
+    labels: Sequence[Tensor] | Tensor,
+    predictions: Sequence[Tensor] | Tensor,
+    class_names: Sequence[str],
+    unseen: Sequence[int] = (),
+) -> Image.Image:
+    """Draw rows of image, label, prediction, and the prediction where unseen classes are.
+
+    In the last column everything is dimmed but the pixels labelled or predicted as unseen.
+
+    Args:
+        images: each (3, H, W), uint8 or float in [0, 1].
+        labels: each (H, W) label values, 255 = ignore.
+        predictions: each (H, W) label values.
+        class_names: names of all A classes.
+        unseen: label values of the unseen classes.
+
+    Returns:
+        Picture, RGB, with column titles and a legend of all classes that occur.
+
+    Raises:
+        ValueError: if there are no images, the lengths differ, or a label has no name.
+    """
+    if not 0 < len(images) == len(labels) == len(predictions):
+        raise ValueError(
+            "images, labels and predictions must be equally many and at least one, "
+            f"got {len(images)}, {len(labels)} and {len(predictions)}"
+        )
+    colours, present = class_palette(len(class_names)), np.zeros(256, dtype=bool)
+    rows: list[list[Pixels]] = []
+    for image, label, prediction in zip(images, labels, predictions, strict=True):
+        pixels, truth = _prepare(image, label, len(class_names))
+        predicted = _prepare(image, prediction, len(class_names))[1]
+        present[truth], present[predicted] = True, True
+        rows.append(_panel_row(pixels, truth, predicted, colours, unseen))
+    entries: list[Entry] = [
+        (class_names[k], _colour(colours, k), k in unseen)
+        for k in range(len(class_names))
+        if present[k]
+    ]
+    entries += [("no label", _IGNORED, False)] if present[IGNORE_INDEX] else []
+    return _draw_grid(rows, ["image", "label", "prediction", "unseen classes"], entries)
+
+
+def heat_map(image: Tensor, weights: Tensor, alpha: float = 0.6) -> Image.Image:
+    """Draw weights over the image, for example the attention W of Eq. (1), arXiv:2310.02296v1.
+
+    Args:
+        image: (3, H, W), uint8 or float in [0, 1].
+        weights: (h, w) of any scale; stretched from their minimum to their maximum.
+        alpha: opacity of the colours, 0..1.
+
+    Returns:
+        Picture, RGB: violet = low, yellow = high.
+
+    Raises:
+        ValueError: if `weights` is not a finite matrix.
+    """
+    heat = weights.detach().float().cpu().numpy()
+    if heat.ndim != 2 or not np.isfinite(heat).all():
+        raise ValueError(f"`weights` must be a finite (h, w) map, got shape {tuple(heat.shape)}")
+    pixels = _pixels(image)
+    size = _display_size(pixels, _READABLE, None)
+    spread = float(heat.max() - heat.min())
+    heat = (heat - heat.min()) / spread if spread > 0 else np.zeros_like(heat)
+    heat = np.asarray(Image.fromarray(heat).resize(size, Image.Resampling.BILINEAR))
+    stops = np.linspace(0, 1, len(_HEAT))
+    colour = np.stack([np.interp(heat, stops, _HEAT[:, c]) for c in range(3)], axis=-1)
+    return Image.fromarray(_blend(_grey(_resize(pixels, size)), colour, alpha))
+
+
+def cluster_map(image: Tensor, groups: Tensor, alpha: float = 0.6) -> Image.Image:
+    """Draw K-Means clusters or fused groups over the image, one colour each.
+
+    Args:
+        image: (3, H, W), uint8 or float in [0, 1].
+        groups: (h, w) group of each token, enlarged by nearest; negative = none, drawn in grey.
+        alpha: opacity of the colours, 0..1.
+
+    Returns:
+        Picture, RGB.
+
+    Raises:
+        ValueError: if `groups` is not a matrix.
+    """
+    values = groups.detach().cpu().numpy()
+    if values.ndim != 2:
+        raise ValueError(f"`groups` must have shape (h, w), got {tuple(values.shape)}")
+    ids, ranks = np.unique(values[values >= 0], return_inverse=True)
+    numbered = np.full(values.shape, IGNORE_INDEX, dtype=np.uint8)
+    numbered[values >= 0] = ranks % IGNORE_INDEX  # colours repeat after 255 groups
+    pixels = _pixels(image)
+    size = _display_size(pixels, _READABLE, None)
+    numbered = _resize_labels(numbered, size)
+    palette = class_palette(min(len(ids), IGNORE_INDEX))
+    resized = _resize(pixels, size)
+    painted = _paint(resized, numbered, palette, alpha)
+    none = (numbered == IGNORE_INDEX)[..., None]
+    return Image.fromarray(np.where(none, _blend(_grey(resized), _IGNORED, 0.4), painted))
+
+
+def write_png(image: Image.Image, path: str | Path) -> None:
+    """Write a picture as PNG; an interrupted program leaves the old file or none, never half."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            image.save(file, format="PNG")
+        os.chmod(temporary, 0o644)  # mkstemp makes files that only the owner may read
+        os.replace(temporary, target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _panel_row(
+    pixels: Pixels, truth: Pixels, predicted: Pixels, colours: Pixels, unseen: Sequence[int]
+) -> list[Pixels]:
+    """Return the four pictures of one row of the panel, equally large."""
+    size = _display_size(pixels, _READABLE, _CELL)
+    pixels = _resize(pixels, size)
+    truth, predicted = _resize_labels(truth, size), _resize_labels(predicted, size)
+    label = _paint(pixels, truth, colours, 0.65, ignored=_IGNORED)
+    prediction = _paint(pixels, predicted, colours, 0.65)
+    chosen = np.isin(truth, unseen) | np.isin(predicted, unseen)
+    dimmed = _blend(_grey(pixels), _PAPER, 0.7)
+    vivid = _paint(pixels, predicted, colours, 0.85)
+    return [pixels, label, prediction, np.where(chosen[..., None], vivid, dimmed)]
+
+
+def _draw_grid(rows: list[list[Pixels]], titles: list[str], entries: list[Entry]) -> Image.Image:
+    font, title_font = _font(14), _font(15)
+    cell = max(row[0].shape[1] for row in rows)
+    width = 2 * _MARGIN + len(titles) * cell + (len(titles) - 1) * _GAP
+    first = _MARGIN + 24
+    below = first + sum(row[0].shape[0] + _GAP for row in rows)
+    canvas = Image.new("RGB", (width, below + _legend_height(entries, width, font)), _PAPER)
+    draw = ImageDraw.Draw(canvas)
+    for column, title in enumerate(titles):
+        left, top = _MARGIN + column * (cell + _GAP), first
+        draw.text((left + cell / 2, _MARGIN), title, _INK, title_font, anchor="ma")
+        for row in rows:
+            canvas.paste(Image.fromarray(row[column]), (left + (cell - row[0].shape[1]) // 2, top))
+            top += row[0].shape[0] + _GAP
+    _draw_legend(canvas, entries, below, font)
+    return canvas
+
+
+def _legend_lines(entries: list[Entry], width: int, font: Font) -> list[list[tuple[float, Entry]]]:
+    """Break the legend into lines; every entry with the x coordinate of its swatch."""
+    lines: list[list[tuple[float, Entry]]] = []
+    left = float(width)
+    for entry in entries:
+        text, _, is_unseen = entry
+        needed = 1.6 * _line_height(font) + font.getlength(text) + _MARGIN
+        needed += _mark_width(font) if is_unseen else 0
+        if left + needed > width - _MARGIN + 1:
+            lines.append([])
+            left = float(_MARGIN)
+        lines[-1].append((left, entry))
+        left += needed
+    return lines
+
+
+def _legend_height(entries: list[Entry], width: int, font: Font) -> int:
+    lines = len(_legend_lines(entries, width, font))
+    return round(lines * 1.5 * _line_height(font)) + _MARGIN
+
+
+def _mark_width(font: Font) -> float:
+    return font.getlength(_MARK) + 0.4 * _line_height(font)
+
+
+def _draw_legend(canvas: Image.Image, entries: list[Entry], top: int, font: Font) -> None:
+    draw, height = ImageDraw.Draw(canvas), _line_height(font)
+    for number, line in enumerate(_legend_lines(entries, canvas.width, font)):
+        y = top + (number + 0.5) * 1.5 * height
+        for left, (text, colour, is_unseen) in line:
+            box = (left, y - height / 2, left + height, y + height / 2)
+            border = _ACCENT if is_unseen else None
+            draw.rectangle(box, colour, border, width=2)
+            draw.text((left + 1.4 * height, y), text, _INK, font, anchor="lm")
+            if is_unseen:
+                right = left + 1.4 * height + font.getlength(text) + _mark_width(font)
+                draw.text((right, y), _MARK, _ACCENT, font, anchor="rm")
+
+
+def _prepare(image: Tensor, labels: Tensor, num_classes: int) -> tuple[Pixels, Pixels]:
+    pixels, values = _pixels(image), labels.detach().cpu().numpy()
+    if values.shape != pixels.shape[:2]:
+        raise ValueError(
+            f"labels must be as large as the image, got {tuple(values.shape)} for "
+            f"{tuple(pixels.shape[:2])}; predict at the original size"
+        )
+    unnamed = np.setdiff1d(values, [*range(num_classes), IGNORE_INDEX])
+    if unnamed.size:
+        raise ValueError(
+            f"labels must lie in 0..{num_classes - 1} or be {IGNORE_INDEX}, got "
+            f"{unnamed[:8].tolist()}; `class_names` needs one name per class"
+        )
+    return pixels, values.astype(np.uint8)
+
+
+def _pixels(image: Tensor) -> Pixels:
+    if image.ndim != 3 or image.shape[0] != 3:
+        raise ValueError(f"`image` must have shape (3, H, W), got {tuple(image.shape)}")
+    if image.dtype != torch.uint8:
+        image = (image.detach().float().clamp(0, 1) * 255).round().to(torch.uint8)
+    return np.ascontiguousarray(image.cpu().permute(1, 2, 0).numpy())
+
+
+def _display_size(pixels: Pixels, readable: int, limit: int | None) -> tuple[int, int]:
+    """Return (width, height): a whole multiple of a small image, a large one fitted to `limit`."""
+    height, width = pixels.shape[:2]
+    factor: float = max(1, round(readable / max(height, width)))
+    if limit is not None:
+        factor = min(factor, limit / max(height, width))
+    return max(1, round(width * factor)), max(1, round(height * factor))
+
+
+def _resize(pixels: Pixels, size: tuple[int, int]) -> Pixels:
+    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
+
+
+def _resize_labels(labels: Pixels, size: tuple[int, int]) -> Pixels:
+    return np.asarray(Image.fromarray(labels).resize(size, Image.Resampling.NEAREST))
+
+
+def _paint(
+    pixels: Pixels, labels: Pixels, palette: Pixels, alpha: float, ignored: Colour | None = None
+) -> Pixels:
+    """Blend the colour of each label into the image; ignored pixels stay, or take a colour.
+
+    The image fades to grey as the colour comes in, or red bricks painted blue would turn violet
+    and match no swatch of the legend.
+    """
+    table = np.zeros((256, 3), dtype=np.uint8)
+    table[: len(palette)] = palette
+    painted = _blend(_blend(pixels, _grey(pixels), alpha), table[labels], alpha)
+    bare = (labels == IGNORE_INDEX)[..., None]
+    return np.where(bare, pixels if ignored is None else np.array(ignored, np.uint8), painted)
+
+
+def _blend(pixels: Pixels, colour: NDArray[np.generic] | Colour, alpha: float) -> Pixels:
+    mixed = (1 - alpha) * pixels + alpha * np.asarray(colour, dtype=np.float64)
+    return mixed.round().astype(np.uint8)
+
+
+def _grey(pixels: Pixels) -> Pixels:
+    return np.asarray(Image.fromarray(pixels).convert("L").convert("RGB"))
+
+
+def _to_lab(colours: NDArray[np.generic]) -> NDArray[np.float64]:
+    """Convert sRGB, 0..255, (n, 3) to CIELAB under D65."""
+    rgb = colours.astype(np.float64) / 255
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    to_xyz = np.array(
+        [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
+    )
+    xyz = linear @ to_xyz.T / np.array([0.9505, 1.0, 1.089])
+    f = np.where(xyz > (6 / 29) ** 3, np.cbrt(xyz), xyz / (3 * (6 / 29) ** 2) + 4 / 29)
+    x, y, z = f.T
+    return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=1)
+
+
+def _colour(palette: Pixels, index: int) -> Colour:
+    red, green, blue = (int(value) for value in palette[index])
+    return red, green, blue
+
+
+def _percent(share: float) -> str:
+    return f"{share:.1%}" if share >= 0.001 else "<0.1%"
+
+
+def _font(size: float) -> Font:
+    return ImageFont.load_default(size=float(size))
+
+
+def _line_height(font: Font) -> int:
+    return round(font.getbbox("Ag", anchor="ls")[3] - font.getbbox("Ag", anchor="ls")[1]) or 10

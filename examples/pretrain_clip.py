@@ -1,0 +1,332 @@
+"""Train a small CLIP on captioned crops: the teacher of miniworld, or one for your own folder.
+
+    python examples/pretrain_clip.py --output runs/clip                       # miniworld
+    python examples/pretrain_clip.py --data folder --root DIR --output runs/clip
+
+A caption names the classes that a crop shows ("a photo of sand, star and ring."), seen and unseen
+alike: the teacher has read of everything, as the real CLIP has, but never saw a mask. The model
+is the package's own ``CLIP`` with the real tokenizer; only its sizes are small. Writes
+``clip.pt`` (for ``load_clip``), ``config.json`` and ``metrics.jsonl`` to the output folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as TF
+from torchvision.tv_tensors import Image, Mask
+
+from cliptteacher.clip import CLIP, CLIPConfig, class_text_features, save_clip, tokenize
+from cliptteacher.data.folder import FolderDataset
+from cliptteacher.data.miniworld import (
+    CLASS_NAMES,
+    MiniWorld,
+    caption_of,
+    draw_scene,
+    draw_single_class,
+)
+from cliptteacher.data.splits import SegmentationDataset
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", choices=("miniworld", "folder"), default="miniworld")
+    parser.add_argument(
+        "--root", type=Path, help="folder data set with images, labels, dataset.json"
+    )
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=40.0, help="stop after this training time")
+    parser.add_argument("--iterations", type=int, help="instead of --minutes")
+    parser.add_argument("--batch-size", type=int, default=192)
+    parser.add_argument("--pool", type=int, default=24000, help="miniworld scenes to draw")
+    parser.add_argument("--image-size", type=int, default=64)
+    parser.add_argument("--patch-size", type=int, default=8)
+    parser.add_argument("--embed-dim", type=int, default=128)
+    parser.add_argument("--vision-width", type=int, default=128)
+    parser.add_argument("--vision-layers", type=int, default=4)
+    parser.add_argument("--text-width", type=int, default=128)
+    parser.add_argument("--text-layers", type=int, default=2)
+    parser.add_argument("--learning-rate", type=float, default=1.5e-3)
+    parser.add_argument("--weight-decay", type=float, default=0.05)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, help="CPU threads of torch")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--log-interval", type=int, default=100)
+    return parser.parse_args()
+
+
+class MiniWorldCaptions:
+    """Scenes of the endless ``pretrain`` split, a third of them with one class alone."""
+
+    def __init__(self, length: int, size: int) -> None:
+        self.class_names = CLASS_NAMES
+        self.images = torch.empty(length, 3, size, size, dtype=torch.uint8)
+        self.labels = torch.empty(length, size, size, dtype=torch.uint8)
+        started = time.monotonic()
+        for i in range(length):
+            generator = Generator().manual_seed((1 << 50) + i)
+            single = i % 3 == 0
+            self.images[i], self.labels[i] = (
+                draw_single_class(generator, size, i // 3 % len(CLASS_NAMES))
+                if single
+                else draw_scene(generator, size)
+            )
+            if i % 4000 == 3999:
+                print(f"drew {i + 1} of {length} scenes, {time.monotonic() - started:.0f} s")
+
+    def sample(self, generator: Generator) -> tuple[Tensor, Tensor]:
+        """Draw a scene, half of the time mirrored."""
+        i = int(torch.randint(len(self.images), (), generator=generator))
+        image, labels = self.images[i], self.labels[i]
+        if torch.rand((), generator=generator) < 0.5:
+            return image.flip(-1), labels.flip(-1)
+        return image, labels
+
+
+class FolderCaptions:
+    """Random resized crops of the training photographs of a folder data set."""
+
+    def __init__(self, dataset: SegmentationDataset, size: int) -> None:
+        self.class_names = tuple(dataset.class_names)
+        self.items = [dataset[i] for i in range(len(dataset))]
+        self.transform = v2.Compose(
+            [
+                v2.RandomResizedCrop(size, scale=(0.06, 1.0), ratio=(0.75, 1.33), antialias=True),
+                v2.RandomHorizontalFlip(),
+                v2.ColorJitter(0.3, 0.3, 0.3, 0.05),
+                v2.RandomGrayscale(0.05),
+            ]
+        )
+
+    def sample(self, generator: Generator) -> tuple[Tensor, Tensor]:
+        """Draw an augmented crop."""
+        i = int(torch.randint(len(self.items), (), generator=generator))
+        image, labels = self.items[i]
+        image, labels = self.transform(Image(image), Mask(labels))
+        return image.as_subclass(Tensor), labels.as_subclass(Tensor)
+
+
+Captions = MiniWorldCaptions | FolderCaptions
+
+
+def caption_batches(
+    captions: Captions, batch_size: int, seed: int
+) -> Iterator[tuple[Tensor, list[str]]]:
+    """Yield (B, 3, H, W) uint8 images with one caption each, endlessly."""
+    generator = Generator().manual_seed(seed)
+    while True:
+        images: list[Tensor] = []
+        texts: list[str] = []
+        while len(images) < batch_size:
+            image, labels = captions.sample(generator)
+            text = caption_of(labels, captions.class_names, generator)
+            if text is not None:
+                images.append(image)
+                texts.append(text)
+        yield torch.stack(images), texts
+
+
+def contrastive_loss(image: Tensor, text: Tensor, scale: Tensor, ids: Tensor) -> Tensor:
+    """CLIP's symmetric InfoNCE; images with word for word the same caption share their positives.
+
+    Args:
+        image, text: (B, C) unit rows.
+        scale: scalar exp(logit_scale).
+        ids: (B, T) token ids, to find equal captions.
+    """
+    logits = scale * image @ text.T  # (B, B)
+    same = (ids[:, None] == ids[None]).all(-1).float()
+    targets = same / same.sum(1, keepdim=True)
+    return 0.5 * (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets))
+
+
+class CompactVocabulary:
+    """Trains only the token rows that captions can use, among CLIP's 49,408.
+
+    Ids keep their order, so the end-of-text token stays the largest and is found as before.
+    """
+
+    def __init__(self, clip: CLIP, class_names: tuple[str, ...]) -> None:
+        every_caption = [f"a photo of {name}, {name} and {name}." for name in class_names]
+        templates = ["a photo of", "a picture of", "an image with", "a photo of a"]
+        templates += ["a photo of the", "a good photo of a", "there is a in the scene."]
+        self.used = tokenize(every_caption + templates).unique()
+        self.full_size = clip.token_embedding.num_embeddings
+        self.clip = clip
+        rows = clip.token_embedding.weight[self.used.to(clip.token_embedding.weight.device)]
+        clip.token_embedding = nn.Embedding.from_pretrained(rows.detach().clone(), freeze=False)
+
+    def encode(self, texts: list[str]) -> Tensor:
+        """Tokenize to compact ids, cut behind the longest text."""
+        ids = tokenize(texts)
+        longest = int(ids.argmax(1).max()) + 1
+        ids = ids[:, :longest].contiguous()
+        compact = torch.searchsorted(self.used, ids)
+        if not torch.equal(self.used[compact.clamp(max=len(self.used) - 1)], ids):
+            raise ValueError("a caption uses a token outside the vocabulary of the class names")
+        return compact
+
+    def expand(self) -> CLIP:
+        """A copy of the CLIP with the full table, zero where nothing was trained."""
+        weights = self.clip.state_dict()
+        rows = weights["token_embedding.weight"]
+        table = torch.zeros(self.full_size, rows.shape[1], device=rows.device)
+        table[self.used.to(rows.device)] = rows
+        clip = CLIP(self.clip.config)
+        clip.load_state_dict({**weights, "token_embedding.weight": table})
+        return clip.eval().requires_grad_(False).to(rows.device)
+
+
+def make_optimizer(clip: CLIP, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW; only matrices decay."""
+    matrices = [p for n, p in clip.named_parameters() if p.ndim >= 2 and "embedding" not in n]
+    others = [p for n, p in clip.named_parameters() if p.ndim < 2 or "embedding" in n]
+    groups = [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98), eps=1e-6)
+
+
+def train(
+    clip: CLIP, vocabulary: CompactVocabulary, captions: Captions, args: argparse.Namespace
+) -> int:
+    """Train until the time or the iterations are used up; returns the iterations."""
+    optimizer = make_optimizer(clip, args.learning_rate, args.weight_decay)
+    batches = caption_batches(captions, args.batch_size, args.seed)
+    log = (args.output / "metrics.jsonl").open("a")
+    started, mean_loss, step = time.monotonic(), 0.0, 0
+    while True:
+        elapsed = time.monotonic() - started
+        progress = step / args.iterations if args.iterations else elapsed / (60 * args.minutes)
+        if progress >= 1:
+            return step
+        rate = args.learning_rate * min(1.0, (step + 1) / 300)
+        rate *= 0.5 * (1 + math.cos(math.pi * progress))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        images, texts = next(batches)
+        ids = vocabulary.encode(texts).to(args.device)
+        image = F.normalize(clip.encode_image(images.to(args.device).float().div(255)).cls, dim=1)
+        text = F.normalize(clip.encode_text(ids), dim=1)
+        loss = contrastive_loss(image, text, clip.logit_scale.exp(), ids)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(clip.parameters(), 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            clip.logit_scale.clamp_(max=math.log(100))
+        step += 1
+        mean_loss += loss.item() / args.log_interval
+        if step % args.log_interval == 0:
+            row = {"step": step, "loss": mean_loss, "lr": rate, "progress": progress}
+            row["scale"] = float(clip.logit_scale.detach().exp())
+            row["images_per_second"] = step * args.batch_size / (time.monotonic() - started)
+            log.write(json.dumps(row) + "\n")
+            log.flush()
+            left = (time.monotonic() - started) * (1 / max(progress, 1e-9) - 1) / 60
+            print(
+                f"step {step}  loss {mean_loss:.3f}  lr {rate:.1e}  scale {row['scale']:.1f}  "
+                f"{row['images_per_second']:.0f} images/s  {left:.1f} min left",
+                flush=True,
+            )
+            mean_loss = 0.0
+
+
+@torch.inference_mode()
+def dense_accuracy(clip: CLIP, text: Tensor, dataset: SegmentationDataset, num: int) -> float:
+    """Share of labelled pixels whose dense token is nearest to the right class name."""
+    right = total = 0
+    for i in range(min(num, len(dataset))):
+        image, labels = dataset[i]
+        sides = [max(1, side // clip.patch_size) * clip.patch_size for side in image.shape[1:]]
+        pixels = TF.resize(image[None].float().div(255), sides, antialias=True)
+        dense = clip.encode_image(pixels.to(text.device)).dense
+        scores = torch.einsum("bchw,kc->bkhw", F.normalize(dense, dim=1), text)
+        scores = F.interpolate(scores, image.shape[1:], mode="bilinear")
+        labelled = labels != dataset.ignore_index
+        right += int((scores[0].argmax(0).cpu() == labels)[labelled].sum())
+        total += int(labelled.sum())
+    return right / total
+
+
+@torch.inference_mode()
+def single_class_accuracy(clip: CLIP, text: Tensor, size: int, per_class: int = 25) -> float:
+    """Zero-shot accuracy of the CLS token on fresh miniworld images of one class each."""
+    right = 0
+    for label in range(len(text)):
+        generators = [
+            Generator().manual_seed((1 << 52) + 100 * label + k) for k in range(per_class)
+        ]
+        images = torch.stack([draw_single_class(g, size, label)[0] for g in generators])
+        cls = clip.encode_image(images.to(text.device).float().div(255)).cls
+        right += int((F.normalize(cls, dim=1) @ text.T).argmax(1).eq(label).sum())
+    return right / (per_class * len(text))
+
+
+def measure(clip: CLIP, captions: Captions, args: argparse.Namespace) -> dict[str, float]:
+    """Measure the teacher on data that it was not trained on, at the size it will be applied."""
+    text = class_text_features(clip, captions.class_names)
+    if args.data == "folder":
+        held_out = FolderDataset(args.root, "val")
+        return {"dense_accuracy_val": dense_accuracy(clip, text, held_out, 60)}
+    return {
+        "single_class_accuracy_64": single_class_accuracy(clip, text, args.image_size),
+        "single_class_accuracy_128": single_class_accuracy(clip, text, 2 * args.image_size),
+        "dense_accuracy_val_128": dense_accuracy(clip, text, MiniWorld("val"), 192),
+    }
+
+
+def main() -> None:
+    args = parse_arguments()
+    torch.manual_seed(args.seed)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    args.output.mkdir(parents=True, exist_ok=True)
+    options = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()}
+    (args.output / "config.json").write_text(json.dumps(options, indent=2) + "\n")
+    captions: Captions
+    if args.data == "folder":
+        captions = FolderCaptions(FolderDataset(args.root, "train"), args.image_size)
+    else:
+        captions = MiniWorldCaptions(args.pool, args.image_size)
+    config = CLIPConfig(
+        embed_dim=args.embed_dim,
+        image_size=args.image_size,
+        patch_size=args.patch_size,
+        vision_width=args.vision_width,
+        vision_layers=args.vision_layers,
+        text_width=args.text_width,
+        text_layers=args.text_layers,
+    )
+    clip = CLIP(config).to(args.device)
+    vocabulary = CompactVocabulary(clip, captions.class_names)
+    trained = sum(p.numel() for p in clip.parameters())
+    print(f"training {trained / 1e6:.2f} M parameters, {len(vocabulary.used)} tokens in use")
+    started = time.monotonic()
+    iterations = train(clip, vocabulary, captions, args)
+    minutes = (time.monotonic() - started) / 60
+    teacher = vocabulary.expand()
+    extra = {**options, "iterations": iterations, "minutes": round(minutes, 1)}
+    save_clip(teacher, args.output / "clip.pt", extra=extra)
+    scores = measure(teacher, captions, args)
+    with (args.output / "metrics.jsonl").open("a") as log:
+        log.write(json.dumps({"step": iterations, "minutes": minutes, **scores}) + "\n")
+    for name, value in scores.items():
+        print(f"{name}: {100 * value:.1f} %")
+    print(f"wrote {args.output / 'clip.pt'} after {iterations} iterations, {minutes:.1f} min")
+
+
+if __name__ == "__main__":
+    main()

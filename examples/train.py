@@ -1,0 +1,399 @@
+"""Train a student with a frozen CLIP: the whole story, top to bottom.
+
+    torchrun --standalone --nproc_per_node=2 examples/train.py             # miniworld, CPU, minutes
+    torchrun --standalone --nproc_per_node=8 examples/train.py --recipe paper \
+        --data folder --root DIR --clip ViT-B/16                           # eight GPUs
+    python examples/train.py --help                                        # every option
+
+One process per device, no framework: torchrun starts them, DistributedDataParallel averages the
+gradients, everything else happens below. The run directory holds config.json, environment.json,
+metrics.jsonl, checkpoints/ and panels/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+from cliptteacher.clip import CLIP, class_text_features, load_clip
+from cliptteacher.data import (
+    SeenOnly,
+    TrainingStream,
+    open_dataset,
+    rank_indices,
+    training_transform,
+)
+from cliptteacher.data.splits import SegmentationDataset
+from cliptteacher.evaluation import evaluate, format_scores, scores_as_percent
+from cliptteacher.framework import CLIPTeacher, CLIPTeacherConfig
+from cliptteacher.inference import Predictor
+from cliptteacher.segmenters import build_segmenter
+from cliptteacher.training.checkpoint import load_checkpoint, save_checkpoint
+from cliptteacher.training.config import (
+    TrainConfig,
+    config_as_dict,
+    parse_arguments,
+    read_json,
+    resolve_config,
+)
+from cliptteacher.training.distributed import (
+    Process,
+    gather_from_processes,
+    mean_over_processes,
+    start_process,
+    stop_process,
+    wait_for_all,
+)
+from cliptteacher.training.optimizer import build_optimizer, parameter_groups, set_learning_rate
+from cliptteacher.training.recipes import get_recipe, list_recipes
+from cliptteacher.training.run import (
+    MetricsLog,
+    default_output,
+    describe_environment,
+    format_time,
+    progress_line,
+    write_json,
+)
+from cliptteacher.training.schedule import learning_rate_factor
+from cliptteacher.visualize import prediction_panel, write_png
+
+PANEL_IMAGES = 6
+
+
+def main(argv: list[str] | None = None) -> None:
+    recipe, config, method = read_configuration(argv)
+    process = start_process(config.device)
+    try:
+        train(recipe, config, method, process)
+    finally:
+        stop_process()
+
+
+def read_configuration(argv: list[str] | None) -> tuple[str, TrainConfig, CLIPTeacherConfig]:
+    """Defaults, then the recipe, then --config, then the command line; later ones win."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--recipe", choices=list_recipes(), help="default: the one named as --data")
+    parser.add_argument("--config", type=Path, help="JSON file, such as config.json of a run")
+    classes = (TrainConfig, CLIPTeacherConfig)
+    namespace, given = parse_arguments(parser, classes, argv)
+    try:
+        file = read_json(namespace.config) if namespace.config else {}
+        recipe = namespace.recipe or file.pop("recipe", None) or given.get("data", "miniworld")
+        file.pop("recipe", None)
+        config, method = resolve_config(classes, (get_recipe(recipe), file, given))
+    except (ValueError, FileNotFoundError) as error:
+        parser.error(str(error))
+    return recipe, config, method
+
+
+def train(
+    recipe: str, config: TrainConfig, method: CLIPTeacherConfig, process: Process
+) -> dict[str, Any] | None:
+    """Train, evaluate and save; the main process returns the final scores in percent."""
+    torch.manual_seed(config.seed)  # equal on all ranks: they build equal networks
+
+    # Data: training sees seen labels and names only; evaluation sees everything.
+    train_set = open_dataset(config.data, config.root, "train")
+    seen_set = SeenOnly(train_set, closed_set=config.closed_set)
+
+    # Teacher and student.
+    clip = load_clip(config.clip)
+    segmenter = build_segmenter(config.segmenter, clip.embed_dim, config.segmenter_weights)
+    model = CLIPTeacher(clip, segmenter, seen_set.class_names, method).to(process.device)
+    groups = parameter_groups(
+        model, config.learning_rate, config.weight_decay, config.head_multiplier
+    )
+    if process.is_main:
+        print_plan(recipe, config, groups, train_set, seen_set, process)
+    if config.dry_run:
+        return None
+    optimizer = build_optimizer(groups)
+
+    # Run directory, and where an earlier run stopped.
+    output = choose_output(recipe, config, process)
+    start, torch_rng = 0, None
+    if config.resume and (output / "checkpoints" / "last.pt").exists():
+        state = load_checkpoint(output)
+        start = restore(state, model, optimizer, process)
+        torch_rng = state["training"]["rng"]
+        if process.is_main:
+            print(f"resumed from step {start} in {output}")
+    torch.manual_seed(config.seed + 1000 * (process.rank + 1))  # dropout differs between ranks
+    if torch_rng is not None and len(torch_rng) == process.world_size:
+        torch.set_rng_state(torch_rng[process.rank])
+    log = None
+    if process.is_main:
+        write_json({"recipe": recipe, **config_as_dict(config, method)}, output / "config.json")
+        environment = describe_environment(process.world_size, process.device)
+        write_json(environment, output / "environment.json")
+        log = MetricsLog(output / "metrics.jsonl", start)
+
+    wrapped = wrap(model, process)
+    loader = build_loader(seen_set, config, process, start)
+    wrapped.train()
+    names: list[str] = []
+    sums, since, began = torch.zeros((), device=process.device), 0, time.monotonic()
+    for step, (images, labels) in enumerate(loader, start):
+        factor = learning_rate_factor(
+            step,
+            config.iterations,
+            warmup=min(config.warmup, config.iterations // 2),
+            warmup_start=config.warmup_start,
+            power=config.power,
+        )
+        set_learning_rate(optimizer, factor)
+        images = images.to(process.device, non_blocking=True)
+        labels = labels.to(process.device, non_blocking=True)
+        losses = train_step(wrapped, optimizer, images, labels, config)
+        names = list(losses)
+        sums, since = sums + torch.stack(tuple(losses.values())), since + 1
+        done = step + 1
+        if done % config.log_interval == 0 or done == config.iterations:
+            means = (mean_over_processes(sums) / since).tolist()  # the only wait for the device
+            sums, since = torch.zeros_like(sums), 0
+            if log is not None:
+                rate, seconds = optimizer.param_groups[0]["lr"], time.monotonic() - began
+                terms = dict(zip(names, means, strict=True))
+                print(
+                    progress_line(done, config.iterations, terms, seconds, done - start, rate),
+                    flush=True,
+                )
+                speed = (done - start) / seconds
+                log.write({"step": done, **terms, "lr": rate, "iterations_per_second": speed})
+        if done % config.checkpoint_interval == 0 or done == config.iterations:
+            content = checkpoint_content(done, model, optimizer, config, method, train_set, process)
+            if process.is_main:
+                save_checkpoint(content, output / "checkpoints", config.keep_checkpoints)
+        if config.eval_interval and done % config.eval_interval == 0 and done < config.iterations:
+            scores = assess(model, config, config.eval_split, process, output, done)
+            report(scores, done, config.eval_split, log, full=False)
+            wrapped.train()
+
+    scores = assess(model, config, config.test_split, process, output, config.iterations)
+    if log is not None:
+        print(f"trained {format_time(time.monotonic() - began)}, results in {output}")
+        report(scores, config.iterations, config.test_split, log, full=True)
+        log.close()
+    return scores
+
+
+def print_plan(
+    recipe: str,
+    config: TrainConfig,
+    groups: list[dict[str, Any]],
+    dataset: SegmentationDataset,
+    seen_set: SeenOnly,
+    process: Process,
+) -> None:
+    """Say what is about to happen."""
+    seen, everything = len(seen_set.class_names), len(dataset.class_names)
+    print(
+        f"recipe {recipe}: {config.segmenter} taught by CLIP {config.clip} on {config.data}, "
+        f"{len(dataset)} images, {seen} classes with labels, {everything - seen} without\n"
+        f"{config.iterations} iterations of {config.batch_size} crops of {config.crop} pixels, "
+        f"{process.world_size} processes on {process.device.type}, "
+        f"{torch.get_num_threads()} threads each, seed {config.seed}"
+    )
+    for group in groups:
+        count = sum(p.numel() for p in group["params"])
+        print(
+            f"  {group['name']:<20} {count / 1e6:7.3f} M parameters, "
+            f"learning rate {group['base_lr']:.1e}, weight decay {group['weight_decay']}"
+        )
+
+
+def choose_output(recipe: str, config: TrainConfig, process: Process) -> Path:
+    """The run directory; a used one is an error unless the run resumes."""
+    output = Path(config.output) if config.output else default_output(recipe)
+    if not config.resume and (output / "checkpoints").exists():
+        raise SystemExit(f"{output} already holds a run; add --resume or choose another --output")
+    if process.is_main:
+        output.mkdir(parents=True, exist_ok=True)
+    wait_for_all()
+    return output
+
+
+def wrap(model: CLIPTeacher, process: Process) -> nn.Module:
+    """Average gradients over processes, if there are several."""
+    if process.world_size == 1:
+        return model
+    devices = [process.local_rank] if process.device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+
+
+def build_loader(
+    dataset: SeenOnly, config: TrainConfig, process: Process, start: int
+) -> DataLoader[tuple[Tensor, Tensor]]:
+    """This process's part of every batch, from iteration ``start`` on."""
+    transform = training_transform(
+        config.crop,
+        scale=config.resize,
+        ratio=config.ratio,
+        max_class_share=config.max_class_share,
+        flip=config.flip,
+        photometric=config.photometric,
+    )
+    batches = rank_indices(
+        start, config.iterations, config.batch_size, process.rank, process.world_size
+    )
+    return DataLoader(
+        TrainingStream(dataset, transform, config.seed),
+        batch_sampler=batches,
+        num_workers=config.workers,
+        pin_memory=process.device.type == "cuda",
+        persistent_workers=config.workers > 0,
+    )
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    images: Tensor,
+    labels: Tensor,
+    config: TrainConfig,
+) -> dict[str, Tensor]:
+    """Update the student once; returns the losses, detached and still on the device."""
+    with autocast(images.device, config.precision):
+        losses = model(images, labels)
+    optimizer.zero_grad(set_to_none=True)
+    losses["total"].backward()
+    if config.clip_gradient > 0:
+        nn.utils.clip_grad_norm_(model.parameters(), config.clip_gradient)
+    optimizer.step()
+    return {name: value.detach() for name, value in losses.items()}
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:
+    """Mixed precision where asked for."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+def assess(
+    model: CLIPTeacher,
+    config: TrainConfig,
+    split: str,
+    process: Process,
+    output: Path,
+    step: int,
+) -> dict[str, Any]:
+    """Evaluate the student on all classes, every process its share, and draw a panel."""
+    dataset = open_dataset(config.data, config.root, split)
+    predictor = build_predictor(model, model.clip, config, dataset)
+    shown: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def keep(index: int, image: Tensor, label: Tensor, prediction: Tensor) -> None:
+        if len(shown) < PANEL_IMAGES:
+            shown.append((image.cpu(), label.cpu(), prediction.cpu()))
+
+    result = evaluate(
+        predictor,
+        dataset,
+        device=process.device,
+        rank=process.rank,
+        world_size=process.world_size,
+        batch_size=8,
+        on_sample=keep,
+    )
+    if process.is_main and shown:
+        images, labels, predictions = (list(column) for column in zip(*shown, strict=True))
+        panel = prediction_panel(images, labels, predictions, dataset.class_names, dataset.unseen)
+        write_png(panel, output / "panels" / f"{split}_{step:08d}.png")
+    scores = scores_as_percent(result, dataset.class_names)
+    scores["table"] = format_scores(result, dataset.class_names, dataset.unseen)
+    return scores
+
+
+def build_predictor(
+    model: CLIPTeacher, clip: CLIP, config: TrainConfig, dataset: SegmentationDataset
+) -> Predictor:
+    """The student with the text features of all classes: here the unseen words come in."""
+    text = class_text_features(clip, dataset.class_names, model.config.templates)
+    return Predictor(
+        model.segmenter,
+        text,
+        unseen=() if config.closed_set else dataset.unseen,
+        gamma=config.gamma,
+        logit_scale=model.config.logit_scale,
+        logits=model.config.logits,
+        mode=config.eval_mode,
+        window=config.crop,
+        stride=max(1, config.crop * 5 // 6),
+    )
+
+
+def report(
+    scores: dict[str, Any], step: int, split: str, log: MetricsLog | None, full: bool
+) -> None:
+    """Print and log the scores (main process only)."""
+    if log is None:
+        return
+    table = str(scores.pop("table"))
+    log.write({"step": step, "split": split, **scores})
+    four = "  ".join(
+        f"{k} {scores[k]:.1f}"
+        for k in ("pAcc", "mIoU(S)", "mIoU(U)", "hIoU")
+        if scores[k] is not None
+    )
+    print(table if full else f"step {step}, {split}: {four}", flush=True)
+
+
+def checkpoint_content(
+    step: int,
+    model: CLIPTeacher,
+    optimizer: torch.optim.Optimizer,
+    config: TrainConfig,
+    method: CLIPTeacherConfig,
+    dataset: SegmentationDataset,
+    process: Process,
+) -> dict[str, Any]:
+    """Everything to go on from, and everything to predict with; every process takes part."""
+    rng = gather_from_processes(torch.get_rng_state(), process.device)
+    unseen = () if config.closed_set else dataset.unseen
+    text = class_text_features(model.clip, dataset.class_names, method.templates)
+    return {
+        "step": step,
+        "segmenter": model.segmenter.state_dict(),
+        "segmenter_name": config.segmenter,
+        "channels": model.clip.embed_dim,
+        "class_names": list(dataset.class_names),
+        "unseen": list(unseen),
+        "text_features": text.cpu(),
+        "gamma": config.gamma,
+        "logit_scale": method.logit_scale,
+        "logits": method.logits,
+        "templates": method.templates,
+        "clip": config.clip,
+        "training": {
+            "optimizer": optimizer.state_dict(),
+            "bank": model.glm.bank.state_dict(),
+            "adapter": model.plm.adapter.state_dict(),
+            "rng": rng,
+        },
+        "config": config_as_dict(config, method),
+    }
+
+
+def restore(
+    state: dict[str, Any], model: CLIPTeacher, optimizer: torch.optim.Optimizer, process: Process
+) -> int:
+    """Take weights, optimiser and bank from a checkpoint; returns its step."""
+    training = state["training"]
+    model.segmenter.load_state_dict(state["segmenter"])
+    model.plm.adapter.load_state_dict(training["adapter"])
+    model.glm.bank.load_state_dict(training["bank"], process.device)
+    optimizer.load_state_dict(training["optimizer"])
+    return int(state["step"])
+
+
+if __name__ == "__main__":
+    main()

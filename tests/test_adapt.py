@@ -1,0 +1,233 @@
+"""Foreign networks as students: which layer is replaced, what is left alone, clear errors."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models import segmentation
+
+from cliptteacher.segmenters import adapt_segmenter
+
+
+def convolution(inputs: int, outputs: int, **options: int) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, 3, padding=1, **options)
+
+
+def features(outputs: int = 8) -> nn.Sequential:
+    return nn.Sequential(
+        convolution(3, 6, stride=2), nn.BatchNorm2d(6), nn.ReLU(), convolution(6, outputs, stride=2)
+    )
+
+
+class Upsampling(nn.Module):
+    """A segmenter that enlarges its own scores, and has an auxiliary classifier."""
+
+    def __init__(self, mode: str) -> None:
+        super().__init__()
+        self.encoder = features(7)
+        self.classifier = nn.Conv2d(7, 5, 1, bias=False)
+        self.auxiliary = nn.Conv2d(7, 5, 1)
+        self.mode = mode
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        encoded = self.encoder(images)
+        scores = F.interpolate(self.classifier(encoded), images.shape[2:], mode=self.mode)
+        return {"aux": self.auxiliary(encoded), "out": scores}
+
+
+class Returning(nn.Module):
+    def __init__(self, value: object) -> None:
+        super().__init__()
+        self.value = value
+
+    def forward(self, images: Tensor) -> object:
+        return self.value
+
+
+def assert_trains(model: nn.Module, size: int = 64) -> None:
+    model.train()
+    model(torch.rand(2, 3, size, size)).square().mean().backward()
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert [n for n, p in trained.items() if p.grad is None] == []
+    assert all(id(p) in {id(q) for q in trained.values()} for p in model.head.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "heads"),
+    [
+        pytest.param("deeplabv3_resnet50", ["classifier.4"], marks=pytest.mark.slow),
+        ("fcn_resnet50", ["classifier.4"]),
+        ("lraspp_mobilenet_v3_large", ["classifier.low_classifier", "classifier.high_classifier"]),
+    ],
+)
+def test_torchvision_segmenters(name: str, heads: list[str]) -> None:
+    torch.manual_seed(0)
+    options = {} if name.startswith("lraspp") else {"aux_loss": True}
+    module = getattr(segmentation, name)(weights=None, weights_backbone=None, **options)
+    reference = copy.deepcopy(module).eval()
+    model = adapt_segmenter(module, channels=10).eval()
+    assert list(model.head_names) == heads
+    assert [layer.out_channels for layer in model.head] == [10] * len(heads)
+    assert (model.stride, model.channels) == (8, 10)
+    assert all(p.requires_grad for p in model.parameters())
+    assert not any("aux" in key for key, _ in model.named_parameters())
+
+    images = torch.rand(1, 3, 72, 64)
+    for path in heads:  # the same last layers give the same scores before the upsampling
+        old = reference.get_submodule(path)
+        with torch.no_grad():
+            model.network.get_submodule(path).weight.copy_(old.weight[:10])
+            model.network.get_submodule(path).bias.copy_(old.bias[:10])
+    with torch.no_grad():
+        small = model(images)
+        expected = reference((images - model.mean) / model.std)["out"][:, :10]
+    assert small.shape == (1, 10, 9, 8)
+    enlarged = F.interpolate(small, (72, 64), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(enlarged, expected, rtol=1e-4, atol=1e-5)
+    assert_trains(model)
+
+
+def test_a_final_convolution_is_replaced_with_its_geometry() -> None:
+    module = nn.Sequential(features(), nn.Conv2d(8, 5, 3, 2, 2, dilation=2, bias=False))
+    model = adapt_segmenter(module, channels=16)
+    (head,) = model.head
+    assert (head.kernel_size, head.stride, head.padding) == ((3, 3), (2, 2), (2, 2))
+    assert (head.dilation, head.bias, head.out_channels) == ((2, 2), None, 16)
+    assert module[1] is head  # in place
+    assert model(torch.rand(1, 3, 64, 48)).shape == (1, 16, 8, 6)
+    assert model.stride == 8
+    assert_trains(model)
+
+
+@pytest.mark.parametrize(
+    "tail",
+    [
+        nn.ReLU(inplace=True),
+        nn.Softmax(dim=1),
+        nn.BatchNorm2d(8),
+        nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, groups=8)),
+    ],
+)
+def test_a_feature_map_gets_a_projection(tail: nn.Module) -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(features(), tail)
+    before = {key: value.clone() for key, value in module.state_dict().items()}
+    model = adapt_segmenter(module, channels=16)
+    assert model.head_names == ()
+    (head,) = model.head
+    assert head is model.projection and head.kernel_size == (1, 1)
+    images = torch.rand(2, 3, 32, 32)
+    model.eval()
+    expected = head(module((images - model.mean) / model.std))
+    torch.testing.assert_close(model(images), expected)
+    assert model.stride == 4
+    for key, value in module.state_dict().items():
+        torch.testing.assert_close(value, before[key], rtol=0, atol=0)
+    assert_trains(model)
+
+
+def test_a_residual_convolution_is_not_the_head() -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.body = convolution(3, 8), convolution(8, 8)
+
+        def forward(self, images: Tensor) -> Tensor:
+            stem: Tensor = self.stem(images)
+            return stem + self.body(stem)
+
+    assert adapt_segmenter(Residual(), channels=4).head_names == ()
+
+
+def test_a_convolution_that_runs_twice_is_not_the_head() -> None:
+    shared = convolution(3, 3)
+    model = adapt_segmenter(nn.Sequential(shared, nn.ReLU(), shared), channels=4)
+    assert model.head_names == () and model(torch.rand(1, 3, 16, 16)).shape == (1, 4, 16, 16)
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "nearest", "bicubic"])
+def test_a_network_that_upsamples_itself(mode: str, caplog: pytest.LogCaptureFixture) -> None:
+    model = adapt_segmenter(Upsampling(mode), channels=12)
+    assert model.head_names == ("classifier",)
+    assert model(torch.rand(1, 3, 32, 32)).shape == (1, 12, 32, 32)
+    assert model.stride == 1
+    assert "resizes its output from (16, 16) to (64, 64)" in caplog.text
+    assert "do not depend on them: network.auxiliary.weight, network.auxiliary.bias" in caplog.text
+    assert not model.network.auxiliary.weight.requires_grad
+    assert_trains(model)
+
+
+def test_hugging_face_outputs_are_read() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.SegformerConfig(
+        hidden_sizes=[8, 8, 16, 16], num_attention_heads=[1, 1, 1, 1], decoder_hidden_size=8
+    )
+    model = adapt_segmenter(transformers.SegformerForSemanticSegmentation(config), channels=9)
+    assert model.head_names == ("decode_head.classifier",)
+    assert model(torch.rand(2, 3, 64, 64)).shape == (2, 9, 16, 16)
+    assert model.stride == 4
+
+
+def test_statistics_and_modes_are_left_alone() -> None:
+    module = features()
+    module[1].eval()
+    module[1].running_mean.fill_(0.5)
+    state = torch.get_rng_state()
+    model = adapt_segmenter(module, channels=4, normalize="none")
+    assert module.training and module[0].training and not module[1].training
+    assert (module[1].running_mean == 0.5).all() and module[1].num_batches_tracked == 0
+    assert (model.mean == 0).all() and (model.std == 1).all()
+    assert not torch.equal(torch.get_rng_state(), state)  # the new layer is random
+
+
+def test_frozen_layers_stay_frozen_and_the_type_is_kept() -> None:
+    module = features().double()
+    module[0].requires_grad_(False)
+    model = adapt_segmenter(module, channels=4)
+    assert not module[0].weight.requires_grad
+    assert model(torch.rand(1, 3, 16, 16, dtype=torch.float64)).dtype == torch.float64
+
+
+def test_state_dict_and_deepcopy() -> None:
+    torch.manual_seed(0)
+    model = adapt_segmenter(features(), channels=4).eval()
+    assert not any(key.startswith(("head", "mean", "std")) for key in model.state_dict())
+    images = torch.rand(1, 3, 16, 16)
+    clone = copy.deepcopy(model)
+    torch.testing.assert_close(clone(images), model(images), rtol=0, atol=0)
+    assert clone.head[0] is not model.head[0]
+
+
+@pytest.mark.parametrize(
+    ("module", "error", "message"),
+    [
+        (
+            Returning(torch.zeros(1, 1000)),
+            ValueError,
+            r"must return a map .* got shape \(1, 1000\)",
+        ),
+        (Returning({"scores": 1}), TypeError, r"map at one of .* got \['scores'\]"),
+        (Returning([torch.zeros(1, 2, 3, 3)]), TypeError, "must return a tensor .* got list"),
+        (nn.Conv2d(4, 8, 1), RuntimeError, r"must accept images of shape \(1, 3, 64, 64\)"),
+        (nn.Conv2d(3, 8, 65), RuntimeError, "pass an `image_size` that it accepts"),
+    ],
+)
+def test_networks_that_cannot_be_adapted(
+    module: nn.Module, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        adapt_segmenter(module, channels=4)
+
+
+def test_wrong_arguments() -> None:
+    with pytest.raises(ValueError, match="`channels` must be the width"):
+        adapt_segmenter(features(), channels=0)
+    with pytest.raises(ValueError, match="`normalize` must be 'imagenet' or 'none', got 'clip'"):
+        adapt_segmenter(features(), channels=4, normalize="clip")  # type: ignore[arg-type]
+
+
+def test_image_size_is_the_one_of_the_dry_run() -> None:
+    model = adapt_segmenter(nn.Conv2d(3, 8, 65), channels=4, image_size=96)
+    assert model(torch.rand(1, 3, 80, 70)).shape == (1, 4, 16, 6)

@@ -1,0 +1,237 @@
+"""Loading CLIP from every format, saving it, and refusing everything else."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from clip_files import (
+    CONFIG,
+    WRITERS,
+    assert_same,
+    half,
+    save_open_clip,
+    save_own,
+    small_clip,
+    to_hugging_face,
+    write_torchscript,
+)
+
+from cliptteacher.clip import CLIP, CLIPConfig, class_text_features, load_clip, save_clip
+from cliptteacher.clip import weights as module
+from cliptteacher.clip.convert import to_openai_names
+
+
+@pytest.fixture(scope="module")
+def clip() -> CLIP:
+    return small_clip()
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_every_format_gives_the_same_model(
+    clip: CLIP, tmp_path: Path, write: Callable[[CLIP, Path], Path]
+) -> None:
+    assert_same(load_clip(write(clip, tmp_path)), clip)
+
+
+def test_loaded_model_is_frozen_and_draws_no_random_number(clip: CLIP, tmp_path: Path) -> None:
+    path = save_own(clip, tmp_path)
+    before = torch.get_rng_state()
+    loaded = load_clip(str(path), device=torch.device("cpu"))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not loaded.training
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    tensors = [*loaded.parameters(), *loaded.buffers()]
+    assert {(tensor.device.type, tensor.dtype) for tensor in tensors} == {("cpu", torch.float32)}
+    assert loaded.config == CONFIG
+
+
+def test_bundled_model() -> None:
+    assert module._BUNDLED.stat().st_size <= 8_000_000
+    clip = load_clip()
+    features = class_text_features(clip, ["grass", "star"])
+    assert features.shape == (2, clip.embed_dim)
+    assert features.isfinite().all()
+
+
+# --- our own format ---
+
+
+def test_saved_twice_is_the_same(clip: CLIP, tmp_path: Path) -> None:
+    once = load_clip(save_own(clip, tmp_path))
+    save_clip(once, tmp_path / "again.pt")
+    assert_same(load_clip(tmp_path / "again.pt"), once)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["again.pt", "own.pt"]
+
+
+def test_zero_rows_take_no_space(tmp_path: Path) -> None:
+    config = CLIPConfig(
+        embed_dim=8, image_size=16, vision_width=64, vision_layers=1, text_width=64, text_layers=1,
+        context_length=8,
+    )  # fmt: skip
+    clip = CLIP(config)
+    with torch.no_grad():
+        clip.token_embedding.weight[:320] = 0
+        clip.token_embedding.weight[321:49406] = 0
+    save_clip(clip, tmp_path / "clip.pt")
+    assert (tmp_path / "clip.pt").stat().st_size < 400_000  # the full table alone takes 6.3 MB
+    table = load_clip(tmp_path / "clip.pt").token_embedding.weight
+    assert torch.equal(table, clip.token_embedding.weight.half().float())
+    assert table.any(dim=1).nonzero().flatten().tolist() == [320, 49406, 49407]
+
+
+def test_a_table_of_zeros_survives(clip: CLIP, tmp_path: Path) -> None:
+    state = {**clip.state_dict(), "token_embedding.weight": torch.zeros(300, 64)}
+    empty = CLIP(CONFIG)
+    empty.load_state_dict(state)
+    save_clip(empty, tmp_path / "clip.pt")
+    assert_same(load_clip(tmp_path / "clip.pt"), empty)
+
+
+def test_extra_is_kept(clip: CLIP, tmp_path: Path) -> None:
+    extra = {"command": "pretrain_clip.py --seed 3", "seed": 3, "scores": {"top1": [0.5, 0.75]}}
+    save_clip(clip, tmp_path / "clip.pt", extra)
+    assert torch.load(tmp_path / "clip.pt", weights_only=True)["extra"] == extra
+
+
+def test_extra_must_be_plain(clip: CLIP, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="`extra` must hold what JSON can hold"):
+        save_clip(clip, tmp_path / "clip.pt", {"score": torch.tensor(1.0)})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("value", [70_000.0, float("nan"), float("inf")])
+def test_numbers_outside_float16_are_refused(tmp_path: Path, value: float) -> None:
+    clip = CLIP(CONFIG)
+    with torch.no_grad():
+        clip.visual.proj[0, 0] = value
+    with pytest.raises(ValueError, match="'visual.proj' must be finite in float16"):
+        save_clip(clip, tmp_path / "clip.pt")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_save_leaves_the_old_file(
+    clip: CLIP, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_own(clip, tmp_path)
+    before = (tmp_path / "own.pt").read_bytes()
+
+    def stop(content: object, path: Path) -> None:
+        path.write_bytes(b"half a file")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", stop)
+    with pytest.raises(OSError, match="disk full"):
+        save_own(clip, tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["own.pt"]
+    assert (tmp_path / "own.pt").read_bytes() == before
+
+
+def test_activation(clip: CLIP, tmp_path: Path) -> None:
+    other = CLIP(CLIPConfig(**{**vars(CONFIG), "activation": "gelu"}))
+    save_clip(other, tmp_path / "gelu.pt")
+    assert load_clip(tmp_path / "gelu.pt").config.activation == "gelu"
+    assert (
+        load_clip(tmp_path / "gelu.pt", activation="quick_gelu").config.activation == "quick_gelu"
+    )
+    path = save_open_clip(clip, tmp_path)
+    assert load_clip(path).config.activation == "quick_gelu"
+    assert load_clip(path, activation="gelu").config.activation == "gelu"
+
+
+def test_rows_outside_the_table_are_refused(clip: CLIP, tmp_path: Path) -> None:
+    content = torch.load(save_own(clip, tmp_path), weights_only=True)
+    content["state_dict"]["token_embedding.ids"][0] = 300
+    torch.save(content, tmp_path / "bad.pt")
+    with pytest.raises(
+        ValueError, match="its 300 rows of token_embedding do not fit into 300 x 64"
+    ):
+        load_clip(tmp_path / "bad.pt")
+
+
+# --- files that are something else ---
+
+
+@pytest.mark.parametrize("write", WRITERS)
+@pytest.mark.parametrize("share", [0.5, 0.98])
+def test_truncated_files(
+    clip: CLIP, tmp_path: Path, write: Callable[[CLIP, Path], Path], share: float
+) -> None:
+    path = write(clip, tmp_path)
+    file = module._find(path, None)
+    file.write_bytes(file.read_bytes()[: int(share * file.stat().st_size)])
+    with pytest.raises(ValueError, match=r"truncated or damaged|must be an undamaged"):
+        load_clip(path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"PK", b"<html>not found</html>", b"version https://git-lfs.github.com/spec/v1\noid"],
+)
+def test_files_that_hold_no_weights(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"must hold weights .*but it begins with b'"):
+        load_clip(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("content", [[torch.ones(2)], {"a": 1}, {"state_dict": {"a": "b"}}, 3.0])
+def test_files_without_a_state_dict(tmp_path: Path, content: object) -> None:
+    torch.save(content, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="must hold a state dict of tensors"):
+        load_clip(tmp_path / "a.pt")
+
+
+def test_another_network(tmp_path: Path) -> None:
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "resnet.pth")
+    with pytest.raises(
+        ValueError, match=r"resnet.pth does not fit: .*vision transformer must hold"
+    ):
+        load_clip(tmp_path / "resnet.pth")
+
+
+def test_clip_with_a_resnet(tmp_path: Path) -> None:
+    state = {"visual.conv1.weight": torch.ones(2), "visual.layer1.0.conv1.weight": torch.ones(2)}
+    write_torchscript(half(state), tmp_path / "RN50.pt")
+    with pytest.raises(ValueError, match=r"RN50.pt does not fit: .* got a CLIP with a ResNet"):
+        load_clip(tmp_path / "RN50.pt")
+
+
+def test_names_and_shapes_are_strict(clip: CLIP, tmp_path: Path) -> None:
+    state = {**clip.state_dict(), "visual.extra": torch.ones(1)}
+    del state["visual.ln_post.bias"]
+    state["visual.proj"] = torch.ones(24, 128)
+    state["logit_scale"] = torch.tensor(4)
+    torch.save(state, tmp_path / "a.pt")
+    with pytest.raises(ValueError) as caught:
+        load_clip(tmp_path / "a.pt")
+    message = str(caught.value)
+    assert "4 of its names or shapes are not those of a CLIP" in message
+    assert "'visual.ln_post.bias' is missing" in message
+    assert "'visual.extra' is unexpected" in message
+    assert "'visual.proj' has shape (24, 128) instead of (128, 24)" in message
+    assert "'logit_scale' holds torch.int64 instead of real numbers" in message
+
+
+def test_many_problems_are_cut_short(clip: CLIP, tmp_path: Path) -> None:
+    state = {name: t for name, t in clip.state_dict().items() if ".ln_" not in name}
+    torch.save(state, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=r"2\d of its names.*, \.\.\.$"):
+        load_clip(tmp_path / "a.pt")
+
+
+def test_hugging_face_without_a_key_projection(clip: CLIP) -> None:
+    state = to_hugging_face(clip.state_dict())
+    del state["text_model.encoder.layers.1.self_attn.k_proj.bias"]
+    missing = r"must hold 'transformer.resblocks.1.attn.k_proj.bias', which is missing"
+    with pytest.raises(ValueError, match=missing):
+        to_openai_names(state)
+
+
+def test_missing_files(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no CLIP weights at .*nothing.*one of miniworld"):
+        load_clip(tmp_path / "nothing")
+    with pytest.raises(FileNotFoundError, match="no CLIP weights at ViT-B/17"):
+        load_clip("ViT-B/17")
+    with pytest.raises(FileNotFoundError, match="must hold one of model.safetensors.*got none"):
+        load_clip(tmp_path)

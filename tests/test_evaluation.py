@@ -1,0 +1,205 @@
+"""Evaluation: scores by hand, shards that add up, tables and JSON."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from cliptteacher.evaluation import evaluate, format_scores, scores_as_percent
+from cliptteacher.metrics import SegmentationMetrics
+
+NAMES = ("grass", "sky", "cow", "boat")
+
+
+class Scenes:
+    """Seven images of mixed sizes whose red channel is (noisily) the label."""
+
+    class_names = NAMES
+    unseen = (2,)
+    ignore_index = 255
+    sizes = ((6, 8), (6, 8), (6, 8), (5, 9), (5, 9), (6, 8), (4, 4))
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(index)
+        size = self.sizes[index]
+        label = torch.randint(3, size, generator=generator, dtype=torch.uint8)
+        noisy = torch.rand(size, generator=generator) < 0.3
+        red = torch.where(noisy, torch.randint(3, size, generator=generator).byte(), label)
+        label[0, 0] = 255
+        return red.expand(3, -1, -1).contiguous(), label
+
+    def image_name(self, index: int) -> str:
+        return f"scene-{index}"
+
+
+def red_channel(images: Tensor) -> Tensor:
+    """Predict the label that the red channel spells out."""
+    assert images.dtype == torch.uint8 and images.ndim == 4
+    return images[:, 0].long()
+
+
+def same(first: dict[str, object], second: dict[str, object]) -> bool:
+    names = ("pAcc", "mIoU(S)", "mIoU(U)", "hIoU")
+    iou = torch.equal(
+        torch.as_tensor(first["IoU"]).nan_to_num(-1), torch.as_tensor(second["IoU"]).nan_to_num(-1)
+    )
+    return iou and all(first[name] == second[name] for name in names)
+
+
+def plain_scores() -> dict[str, float]:
+    """Count over all pixels of all images at once, in sets."""
+    data = Scenes()
+    truth = torch.cat([data[i][1].flatten() for i in range(7)])
+    guess = torch.cat([data[i][0][0].flatten() for i in range(7)])[truth != 255]
+    truth = truth[truth != 255]
+    iou = []
+    for k in range(3):
+        inter = int(((truth == k) & (guess == k)).sum())
+        iou.append(inter / int(((truth == k) | (guess == k)).sum()))
+    seen, unseen = (iou[0] + iou[1]) / 2, iou[2]
+    accuracy = int((truth == guess).sum()) / len(truth)
+    harmonic = 2 * seen * unseen / (seen + unseen)
+    return {"pAcc": accuracy, "mIoU(S)": seen, "mIoU(U)": unseen, "hIoU": harmonic}
+
+
+def test_scores_equal_a_count_over_all_pixels() -> None:
+    result = evaluate(red_channel, Scenes())
+    expected = plain_scores()
+    assert {name: result[name] for name in expected} == pytest.approx(expected)  # type: ignore[literal-required]
+    assert math.isnan(float(result["IoU"][3]))
+
+
+@pytest.mark.parametrize(("batch_size", "workers"), [(2, 0), (5, 0), (1, 2)])
+def test_batches_and_workers_change_nothing(batch_size: int, workers: int) -> None:
+    result = evaluate(red_channel, Scenes(), batch_size=batch_size, workers=workers)
+    assert same(dict(result), dict(evaluate(red_channel, Scenes())))
+
+
+def test_only_neighbours_of_equal_size_share_a_batch() -> None:
+    shapes: list[tuple[int, ...]] = []
+
+    def predictor(images: Tensor) -> Tensor:
+        shapes.append(tuple(images.shape))
+        return red_channel(images)
+
+    evaluate(predictor, Scenes(), batch_size=2)
+    expected = [(2, 3, 6, 8), (1, 3, 6, 8), (2, 3, 5, 9), (1, 3, 6, 8), (1, 3, 4, 4)]
+    assert shapes == expected
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 9])
+def test_shards_partition_the_images_and_add_up(world_size: int) -> None:
+    seen: list[int] = []
+    metrics = SegmentationMetrics(4, unseen=[2])
+
+    def on_sample(index: int, image: Tensor, label: Tensor, prediction: Tensor) -> None:
+        raw, truth = Scenes()[index]
+        assert torch.equal(image, raw) and torch.equal(label, truth)
+        seen.append(index)
+        metrics.update(prediction, label)
+
+    for rank in range(world_size):
+        evaluate(
+            red_channel,
+            Scenes(),
+            rank=rank,
+            world_size=world_size,
+            batch_size=2,
+            on_sample=on_sample,
+        )
+    assert sorted(seen) == list(range(7))
+    assert same(dict(metrics.compute()), dict(evaluate(red_channel, Scenes())))
+
+
+def test_progress_counts_the_images_of_the_rank() -> None:
+    calls: list[tuple[int, int]] = []
+    evaluate(
+        red_channel,
+        Scenes(),
+        batch_size=2,
+        rank=0,
+        world_size=2,
+        progress=lambda done, total: calls.append((done, total)),
+    )
+    assert calls == [(2, 4), (3, 4), (4, 4)]  # images 0 2 | 4 | 6
+
+
+def _rank_process(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    result = evaluate(red_channel, Scenes(), rank=rank, world_size=2)
+    torch.save(dict(result), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    mp.spawn(_rank_process, args=(str(tmp_path),), nprocs=2)  # type: ignore[no-untyped-call]
+    expected = dict(evaluate(red_channel, Scenes()))
+    for rank in range(2):
+        assert same(torch.load(tmp_path / f"{rank}.pt", weights_only=True), expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
+        ({"rank": 2, "world_size": 2}, r"`rank` must lie in 0\.\.world_size-1, got 2 of 2"),
+    ],
+)
+def test_settings_are_checked(settings: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        evaluate(red_channel, Scenes(), **settings)  # type: ignore[arg-type]
+
+
+def test_empty_dataset() -> None:
+    class Empty(Scenes):
+        sizes = ()
+
+    with pytest.raises(ValueError, match="at least one image, got 0"):
+        evaluate(red_channel, Empty())
+
+
+RESULT = {
+    "pAcc": 0.7484,
+    "mIoU(S)": 0.41,
+    "mIoU(U)": float("nan"),
+    "hIoU": 0.0,
+    "IoU": torch.tensor([0.5, 0.912, float("nan"), 0.0]),
+}
+
+
+def test_table_by_hand() -> None:
+    assert format_scores(RESULT, NAMES, unseen=[2, 3]) == "\n".join(
+        [
+            "     pAcc  mIoU(S)  mIoU(U)     hIoU",
+            "     74.8     41.0        -      0.0",
+            "",
+            "  class  group     IoU",
+            "  sky    seen     91.2",
+            "  grass  seen     50.0",
+            "  boat   unseen    0.0",
+            "  cow    unseen      -",
+        ]
+    )
+
+
+def test_percent_survives_json() -> None:
+    percent = scores_as_percent(RESULT, NAMES)
+    again = json.loads(json.dumps(percent, allow_nan=False))
+    assert again == percent
+    assert again["pAcc"] == pytest.approx(74.84) and again["mIoU(U)"] is None
+    assert list(again["IoU"]) == list(NAMES)
+    assert again["IoU"]["sky"] == pytest.approx(91.2) and again["IoU"]["cow"] is None
+
+
+def test_names_must_match_the_scores() -> None:
+    with pytest.raises(ValueError, match="argument 2 is longer"):
+        scores_as_percent(RESULT, NAMES[:3])

@@ -1,0 +1,174 @@
+"""Algorithm 1 against a literal loop over one image, bit for bit."""
+
+import doctest
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from cliptteacher import fusion
+from cliptteacher.fusion import count_groups, fuse_clusters, pairwise_cosine
+
+
+def loop_fusion(similarity: list[list[float]], valid: list[bool], threshold: float) -> list[int]:
+    """Follow Algorithm 1 for one image: take the first remaining row and remove its group."""
+    group = [-1] * len(valid)
+    remaining = [k for k, alive in enumerate(valid) if alive]
+    number = 0
+    while remaining:
+        leader = remaining[0]
+        members = [j for j in remaining if j == leader or similarity[leader][j] > threshold]
+        for j in members:
+            group[j] = number
+        remaining = [j for j in remaining if j not in members]
+        number += 1
+    return group
+
+
+def assert_equals_loop(centers: Tensor, valid: Tensor, threshold: float) -> None:
+    similarity = pairwise_cosine(centers).tolist()
+    expected = [
+        loop_fusion(rows, alive, threshold)
+        for rows, alive in zip(similarity, valid.tolist(), strict=True)
+    ]
+    group = fuse_clusters(centers, valid, threshold)
+    assert group.dtype == torch.int64
+    assert group.tolist() == expected
+    assert count_groups(group).tolist() == [max(row) + 1 for row in expected]
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_equals_the_literal_loop_on_2400_images(seed: int) -> None:
+    torch.manual_seed(seed)
+    B, K, C = 40, (1, 2, 5, 13, 30, 58)[seed % 6], 2 + seed % 5
+    # Few integer values give many exact ties, zero centres and cosines on the threshold itself.
+    ties = torch.randint(-1, 2, (B, K, C)).float()
+    centers = ties if seed % 2 else torch.randn(B, K, C) + 0.5
+    valid = torch.rand(B, K) < (0.0, 0.5, 0.9, 1.0)[seed % 4]
+    for threshold in (0.8, 0.5, 0.0, 1.0, -0.3, 2**-0.5):
+        assert_equals_loop(centers, valid, threshold)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_equals_the_literal_loop_on_any_input(data: st.DataObject) -> None:
+    B, K, C = (data.draw(st.integers(1, top)) for top in (3, 8, 3))
+    value = st.floats(allow_nan=True, allow_infinity=True, width=32)
+    centers = data.draw(st.lists(value, min_size=B * K * C, max_size=B * K * C))
+    valid = data.draw(st.lists(st.booleans(), min_size=B * K, max_size=B * K))
+    threshold = data.draw(st.floats(-1.5, 1.5))
+    assert_equals_loop(
+        torch.tensor(centers).view(B, K, C), torch.tensor(valid).view(B, K), threshold
+    )
+
+
+def test_by_hand() -> None:
+    # 0-1 and 1-2 are similar, 0-2 are not: 0 takes 1, and 2 stays without a partner.
+    centers = torch.tensor([[[1.0, 0.0], [0.8, 0.6], [0.28, 0.96], [1.0, 0.01], [0.3, 0.9]]])
+    valid = torch.tensor([[True, True, True, True, True]])
+    assert fuse_clusters(centers, valid, 0.75).tolist() == [[0, 0, 1, 0, 1]]
+    valid[0, 0] = False
+    assert fuse_clusters(centers, valid, 0.75).tolist() == [[-1, 0, 0, 0, 0]]
+
+
+def test_similarity_on_the_threshold_does_not_fuse() -> None:
+    centers = torch.tensor([[[1.0, 0.0], [3.0, 4.0], [0.6, 0.8]]], dtype=torch.float64)
+    valid = torch.ones(1, 3, dtype=torch.bool)
+    cosine = pairwise_cosine(centers)[0, 0, 1].item()
+    assert fuse_clusters(centers, valid, cosine).tolist() == [[0, 1, 1]]
+    assert fuse_clusters(centers, valid, cosine - 1e-9).tolist() == [[0, 0, 0]]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.floats(-1, 1))
+def test_result_is_a_partition_in_leader_order(seed: int, threshold: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    centers = torch.randn(4, 20, 3, generator=generator)
+    valid = torch.rand(4, 20, generator=generator) < 0.8
+    group = fuse_clusters(centers, valid, threshold)
+    assert torch.equal(group >= 0, valid)
+    for row, count in zip(group.tolist(), count_groups(group).tolist(), strict=True):
+        seen = list(dict.fromkeys(number for number in row if number >= 0))
+        assert seen == list(range(count))
+
+
+def test_extreme_thresholds() -> None:
+    centers, valid = torch.randn(2, 9, 4), torch.ones(2, 9, dtype=torch.bool)
+    assert (fuse_clusters(centers, valid, -1.1) == 0).all()
+    assert torch.equal(fuse_clusters(centers, valid, 1.1), torch.arange(9).expand(2, 9))
+
+
+@pytest.mark.parametrize("threshold", [-0.5, 0.0, 0.8])
+def test_zero_center_forms_its_own_group(threshold: float) -> None:
+    centers = torch.tensor([[[1.0, 0.0], [0.0, 0.0], [1.0, 0.0], [0.0, 0.0]]])
+    valid = torch.ones(1, 4, dtype=torch.bool)
+    assert fuse_clusters(centers, valid, threshold).tolist() == [[0, 1, 0, 2]]
+
+
+def test_single_cluster_and_no_valid_cluster() -> None:
+    valid = torch.tensor([[True], [False]])
+    group = fuse_clusters(torch.ones(2, 1, 3), valid)
+    assert group.tolist() == [[0], [-1]]
+    assert count_groups(group).tolist() == [1, 0]
+
+
+def test_autocast_and_inference_mode_change_nothing() -> None:
+    torch.manual_seed(0)
+    centers, valid = torch.randn(3, 58, 16) + 0.7, torch.rand(3, 58) < 0.9
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.inference_mode():
+        mixed = fuse_clusters(centers, valid)
+    assert torch.equal(mixed, fuse_clusters(centers, valid))
+
+
+def test_records_no_gradient() -> None:
+    centers = torch.randn(1, 5, 4, requires_grad=True)
+    assert not pairwise_cosine(centers).requires_grad
+    assert not fuse_clusters(centers, torch.ones(1, 5, dtype=torch.bool)).requires_grad
+
+
+@pytest.mark.parametrize("K", [58, 981])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiles_without_graph_breaks(K: int, backend: str) -> None:
+    torch.manual_seed(0)
+    centers, valid = torch.randn(2, K, 8) + 0.7, torch.rand(2, K) < 0.8
+    compiled = torch.compile(fuse_clusters, fullgraph=True, dynamic=False, backend=backend)
+    assert torch.equal(compiled(centers, valid), fuse_clusters(centers, valid))
+
+
+def test_scan_operator_is_registered_correctly() -> None:
+    similar = (torch.rand(2, 6, 6) < 0.4).triu(1)
+    valid = torch.rand(2, 6) < 0.8
+    torch.library.opcheck(fusion._scan_leaders, (similar, valid))
+
+
+@pytest.mark.parametrize(
+    ("centers", "valid", "error", "message"),
+    [
+        (torch.ones(3, 4), torch.ones(3, dtype=torch.bool), ValueError, r"got \(3, 4\); add the"),
+        (torch.ones(1, 0, 4), torch.ones(1, 0, dtype=torch.bool), ValueError, "K at least 1"),
+        (
+            torch.ones(1, 3, 4),
+            torch.ones(1, 2, dtype=torch.bool),
+            ValueError,
+            r"`valid` .*\(1, 2\)",
+        ),
+        (
+            torch.ones(1, 3, 4),
+            torch.ones(1, 3),
+            TypeError,
+            "`valid` must be boolean, got .*float32",
+        ),
+        (torch.ones(1, 3, 4).int(), torch.ones(1, 3) > 0, TypeError, "`centers` .* got .*int32"),
+    ],
+)
+def test_errors(centers: Tensor, valid: Tensor, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        fuse_clusters(centers, valid)
+
+
+def test_doctests() -> None:
+    result = doctest.testmod(fusion)
+    assert result.attempted > 0
+    assert result.failed == 0

@@ -1,0 +1,354 @@
+"""The predictor of section 3.4: by hand, by a per-pixel loop, and its manners."""
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from cliptteacher.data.transforms import resize_keep_ratio
+from cliptteacher.inference import (
+    Predictor,
+    load_segmenter,
+    pixel_logits,
+    upsampled_argmax,
+    window_starts,
+)
+from cliptteacher.segmenters import build_segmenter
+from cliptteacher.training.checkpoint import save_checkpoint
+
+
+class Student(nn.Module):
+    """A network with a context: every feature depends on its surroundings and its whole window."""
+
+    def __init__(self, channels: int = 5) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(3, channels, 3, stride=2, padding=1)
+        self.norm = nn.BatchNorm2d(channels)
+        self.drop = nn.Dropout(0.5)
+        self.sizes: list[torch.Size] = []
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.sizes.append(images.shape)
+        features: Tensor = self.drop(self.norm(self.conv(images)))
+        return features + images.mean(dim=(2, 3)).sum(1)[:, None, None, None] * features.detach()
+
+
+@pytest.fixture
+def text() -> Tensor:
+    return torch.randn(4, 5, generator=torch.Generator().manual_seed(1))
+
+
+def picture(*shape: int) -> Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(2))
+
+
+def test_whole_image_by_hand() -> None:
+    """Two channels that are the red and the green of each pixel; classes are red, green, both."""
+
+    class RedGreen(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return images[:, :2]
+
+    text = torch.tensor([[2.0, 0.0], [0.0, 5.0], [1.0, 1.0]])  # not unit: the predictor's job
+    image = torch.tensor([[[1.0, 0.0], [0.5, 0.1]], [[0.0, 1.0], [0.5, 0.0]], [[0.0] * 2] * 2])
+    diagonal = 2**-0.5
+    expected = torch.tensor(
+        [
+            [[10.0, 0.0], [5.0, 1.0]],
+            [[0.0, 10.0], [5.0, 0.0]],
+            [[10 * diagonal, 10 * diagonal], [10 * diagonal, diagonal]],
+        ]
+    )
+    predictor = Predictor(RedGreen(), text, logit_scale=10.0)
+    torch.testing.assert_close(predictor.logits(image), expected)
+    assert predictor(image).tolist() == [[0, 1], [2, 0]]
+    generous = Predictor(RedGreen(), text, logit_scale=10.0, unseen=[2], gamma=3.0)
+    torch.testing.assert_close(
+        generous.logits(image) - expected,
+        torch.tensor([0.0, 0.0, 3.0]).view(3, 1, 1).expand(3, 2, 2),
+    )
+    assert generous(image).tolist() == [[2, 2], [2, 2]]
+
+
+def test_order_of_projection_and_upsampling_does_not_matter(text: Tensor) -> None:
+    student = Student().eval()
+    image = picture(2, 3, 20, 26)
+    features = F.interpolate(student(image), size=(20, 26), mode="bilinear", align_corners=False)
+    unit = text / text.norm(dim=1, keepdim=True)
+    expected = 3.0 * torch.einsum("bchw,ac->bahw", features, unit)
+    expected[:, [1, 3]] += 0.7
+    predictor = Predictor(student, text, unseen=(1, 3), gamma=0.7, logit_scale=3.0)
+    torch.testing.assert_close(predictor.logits(image), expected.detach())
+    assert torch.equal(predictor(image), expected.argmax(1))
+
+
+def test_pixel_logits_equal_a_loop(text: Tensor) -> None:
+    features = torch.randn(2, 5, 3, 4)
+    dot, cosine = pixel_logits(features, text, 2.0), pixel_logits(features, text, 2.0, cosine=True)
+    for b in range(2):
+        for a in range(4):
+            for y in range(3):
+                for x in range(4):
+                    r = features[b, :, y, x]
+                    torch.testing.assert_close(dot[b, a, y, x], 2 * (r @ text[a]))
+                    torch.testing.assert_close(cosine[b, a, y, x], 2 * (r @ text[a]) / r.norm())
+
+
+def test_pixel_logits_are_differentiable() -> None:
+    features = torch.randn(1, 3, 2, 2, dtype=torch.float64, requires_grad=True)
+    text = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    scale = torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
+    for cosine in (False, True):
+        assert torch.autograd.gradcheck(pixel_logits, (features, text, scale, cosine))
+
+
+def test_cosine_logits_ignore_the_length_of_features(text: Tensor) -> None:
+    class Louder(Student):
+        def forward(self, images: Tensor) -> Tensor:
+            return 50 * super().forward(images)
+
+    image = picture(3, 16, 16)
+    quiet, loud = (Predictor(s, text, logits="cosine") for s in (Student(), Louder()))
+    torch.testing.assert_close(quiet.logits(image), loud.logits(image))
+
+
+def plain_slide(predictor: Predictor, image: Tensor, window: int, stride: int) -> Tensor:
+    """Average the windows over every pixel, one pixel at a time."""
+    _, height, width = image.shape
+    windows = []
+    for top in window_starts(height, window, stride):
+        for left in window_starts(width, window, stride):
+            part = image[:, top : top + window, left : left + window]
+            windows.append((top, left, predictor.logits(part)))
+    result = torch.zeros(4, height, width)
+    for y in range(height):
+        for x in range(width):
+            hits = [
+                logits[:, y - top, x - left]
+                for top, left, logits in windows
+                if top <= y < top + logits.shape[1] and left <= x < left + logits.shape[2]
+            ]
+            result[:, y, x] = torch.stack(hits).mean(0)
+    return result
+
+
+@pytest.mark.parametrize("size", [(16, 16), (25, 31), (40, 12), (9, 30), (7, 8), (17, 16)])
+@pytest.mark.parametrize("window_batch", [1, 3])
+def test_slide_equals_a_per_pixel_loop(
+    text: Tensor, size: tuple[int, int], window_batch: int
+) -> None:
+    student = Student()
+    whole = Predictor(student, text, unseen=[2])
+    slide = Predictor(
+        student, text, unseen=[2], mode="slide", window=16, stride=10, window_batch=window_batch
+    )
+    image = picture(3, *size)
+    expected = plain_slide(whole, image, 16, 10)
+    torch.testing.assert_close(slide.logits(image), expected)
+    assert torch.equal(slide(image), slide.logits(image).argmax(0))
+
+
+def test_slide_windows_have_one_shape_and_come_in_batches(text: Tensor) -> None:
+    student = Student()
+    predictor = Predictor(student, text, mode="slide", window=16, stride=10, window_batch=4)
+    predictor(picture(2, 3, 30, 41))  # 3 x 4 windows
+    assert student.sizes == [(8, 3, 16, 16)] * 3
+
+
+@given(st.integers(1, 3000), st.integers(1, 600), st.data())
+def test_windows_cover_the_side(length: int, window: int, data: st.DataObject) -> None:
+    stride = data.draw(st.integers(1, window))
+    starts = window_starts(length, window, stride)
+    assert starts[0] == 0 and starts[-1] == max(length - window, 0)
+    assert all(0 < b - a <= stride for a, b in pairwise(starts))
+
+
+@pytest.mark.parametrize("mode", ["whole", "slide"])
+def test_batch_equals_single_images(text: Tensor, mode: str) -> None:
+    predictor = Predictor(Student(), text, mode=mode, window=12, stride=8)  # type: ignore[arg-type]
+    images = picture(3, 3, 20, 23)
+    labels = predictor(images)
+    assert labels.shape == (3, 20, 23) and labels.dtype == torch.int64
+    assert predictor.logits(images).shape == (3, 4, 20, 23)
+    for image, label in zip(images, labels, strict=True):
+        assert torch.equal(predictor(image), label)
+
+
+def test_bytes_equal_floats(text: Tensor) -> None:
+    predictor = Predictor(Student(), text)
+    image = (picture(3, 12, 12) * 255).to(torch.uint8)
+    assert torch.equal(predictor.logits(image), predictor.logits(image.float() / 255))
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, (30, 44)),
+        ({"resize": (64, 20)}, (20, 29)),
+        ({"resize": (33, 30)}, (23, 33)),
+        ({"short_side": 60}, (60, 88)),
+    ],
+)
+def test_resizing_before_the_network(
+    text: Tensor, settings: dict[str, int], expected: tuple[int, int]
+) -> None:
+    student = Student()
+    image = picture(3, 30, 44)
+    labels = Predictor(student, text, **settings)(image)  # type: ignore[arg-type]
+    assert student.sizes[0][2:] == expected
+    assert labels.shape == (30, 44)
+
+
+def test_resize_follows_the_evaluation_convention(text: Tensor) -> None:
+    image = picture(3, 30, 44)
+    resized = resize_keep_ratio(image, (64, 20))
+    student = Student()
+    inside = Predictor(student, text)._resized_logits(resized[None])
+    expected = F.interpolate(inside, size=(30, 44), mode="bilinear", align_corners=False)[0]
+    torch.testing.assert_close(
+        Predictor(student, text, resize=(64, 20)).logits(image), expected.detach()
+    )
+
+
+@pytest.mark.parametrize("classes", [1, 31, 32, 33, 100])
+def test_argmax_in_chunks_equals_argmax(classes: int) -> None:
+    logits = torch.randn(2, classes, 5, 6)
+    full = F.interpolate(logits, size=(17, 11), mode="bilinear", align_corners=False)
+    assert torch.equal(upsampled_argmax(logits, (17, 11)), full.argmax(1))
+
+
+def test_eval_mode_inside_and_each_mode_restored(text: Tensor) -> None:
+    student = Student().train()
+    student.norm.eval()  # a frozen norm stays frozen
+    mean = student.norm.running_mean
+    assert mean is not None
+    before = mean.clone()
+    predictor = Predictor(student, text)
+    image = picture(3, 12, 12)
+    assert torch.equal(predictor.logits(image), predictor.logits(image))  # no dropout
+    assert student.training and student.drop.training and not student.norm.training
+    assert torch.equal(mean, before)
+    assert not predictor.logits(image).requires_grad
+
+
+def test_modes_are_restored_after_an_error(text: Tensor) -> None:
+    class Broken(Student):
+        def forward(self, images: Tensor) -> Tensor:
+            raise RuntimeError("out of memory")
+
+    student = Broken().train()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        Predictor(student, text)(picture(3, 8, 8))
+    assert student.training and student.conv.training
+
+
+def test_half_precision_students_work(text: Tensor) -> None:
+    image = picture(3, 12, 12)
+    predictor = Predictor(Student(), text)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = predictor.logits(image)
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, predictor.logits(image), atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"unseen": [4]}, r"`unseen` must hold label values in 0\.\.3, got \[4\]"),
+        ({"unseen": [-1]}, r"got \[-1\]"),
+        ({"mode": "tiled"}, '`mode` must be "whole" or "slide", got \'tiled\''),
+        ({"logits": "euclid"}, '`logits` must be "dot" or "cosine", got \'euclid\''),
+        ({"window": 8, "stride": 9}, r"got stride 9 for windows of 8 pixels"),
+        ({"stride": 0}, r"`stride` must lie in 1\.\.window, got stride 0"),
+        ({"window_batch": 0}, "`window_batch` must be at least 1, got 0"),
+        ({"short_side": 8, "resize": (8, 8)}, "at most one of `short_side` and `resize`"),
+    ],
+)
+def test_settings_are_checked(text: Tensor, settings: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Predictor(Student(), text, **settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("shape", [(5,), (0, 5), (1, 4, 5)])
+def test_text_features_are_checked(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"`text_features` must have shape \(A, C\)"):
+        Predictor(Student(), torch.ones(shape))
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (torch.zeros(8, 8, 3), r"\(3, H, W\) or \(B, 3, H, W\), got \(8, 8, 3\)"),
+        (torch.zeros(8, 8), r"got \(8, 8\)"),
+        (torch.full((3, 8, 8), 200.0), r"lie in \[0, 1\], got a maximum of 200"),
+        (torch.zeros(3, 8, 8, dtype=torch.int64), "uint8, or float .* got torch.int64"),
+    ],
+)
+def test_images_are_checked(text: Tensor, image: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Predictor(Student(), text)(image)
+
+
+def write_checkpoint(folder: Path, segmenter: nn.Module, **changes: Any) -> Path:
+    return save_checkpoint(
+        {
+            "step": 7,
+            "segmenter": segmenter.state_dict(),
+            "segmenter_name": "segformer_nano",
+            "channels": 5,
+            "class_names": ["grass", "sky", "cow", "boat"],
+            "unseen": [2],
+            "text_features": F.normalize(torch.eye(4, 5) + 0.1, dim=1),
+            "gamma": 0.3,
+            "logit_scale": 2.0,
+            "logits": "cosine",
+            "training": {"optimizer": {}},
+            "clip": "miniworld",
+            **changes,
+        },
+        folder,
+    )
+
+
+def test_load_segmenter_gives_back_what_was_trained(tmp_path: Path) -> None:
+    student = build_segmenter("segformer_nano", channels=5).train()
+    path = write_checkpoint(tmp_path, student)
+    trained = load_segmenter(path)
+    assert trained.class_names == ("grass", "sky", "cow", "boat")
+    assert trained.unseen == (2,)
+    assert trained.checkpoint["clip"] == "miniworld"
+    assert "training" not in trained.checkpoint
+    assert not trained.segmenter.training
+    image = picture(3, 32, 48)
+    expected = Predictor(
+        student, trained.text_features, unseen=[2], gamma=0.3, logit_scale=2.0, logits="cosine"
+    )
+    assert torch.equal(trained.predictor().logits(image), expected.logits(image))
+    shifted = trained.predictor(gamma=1.3).logits(image) - trained.predictor().logits(image)
+    torch.testing.assert_close(shifted[2], torch.ones(32, 48))
+    assert not shifted[[0, 1, 3]].any()
+
+
+def test_load_segmenter_fills_a_foreign_network(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path, Student(), segmenter_name="my own")
+    other = Student()
+    nn.init.zeros_(other.conv.weight)
+    assert load_segmenter(path, other).segmenter is other
+    assert torch.equal(other.conv.weight, Student().conv.weight)
+
+
+def test_load_segmenter_rejects_other_weights(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path, Student())
+    with pytest.raises(
+        ValueError, match=r"(?s)must fit the segmenter 'segformer_nano'.*as `segmenter`"
+    ):
+        load_segmenter(path)
+    with pytest.raises(FileNotFoundError, match=r"none\.pt does not exist"):
+        load_segmenter(tmp_path / "none.pt")
