@@ -35,6 +35,7 @@ def evaluate(
     world_size: int = 1,
     workers: int = 0,
     batch_size: int = 1,
+    unseen: Sequence[int] | None = None,
     progress: Callable[[int, int], None] | None = None,
     on_sample: Callable[[int, Tensor, Tensor, Tensor], None] | None = None,
 ) -> Scores:
@@ -48,6 +49,7 @@ def evaluate(
         world_size: number of processes that share the images.
         workers: processes that read images ahead.
         batch_size: most images predicted together; only neighbours of equal size are.
+        unseen: label values that count as unseen; those of the data set if left out.
         progress: called with (images done, images in total) of this rank after every batch.
         on_sample: called with (index, image, labels, prediction), all on the CPU, for each image.
 
@@ -60,8 +62,16 @@ def evaluate(
     """
     _check(len(dataset), batch_size, rank, world_size)
     indices = range(rank, len(dataset), world_size)
-    loader = DataLoader(_Shard(dataset, indices), batch_size=None, num_workers=workers)
-    metrics = SegmentationMetrics(len(dataset.class_names), unseen=dataset.unseen)
+    # A loader draws a seed; from a generator of its own, or evaluation would shift the dropout of
+    # a training run that goes on afterwards.
+    loader = DataLoader(
+        _Shard(dataset, indices),
+        batch_size=None,
+        num_workers=workers,
+        generator=torch.Generator(),
+    )
+    groups = dataset.unseen if unseen is None else unseen
+    metrics = SegmentationMetrics(len(dataset.class_names), unseen=groups)
     done = 0
     for batch in _equal_size_batches(loader, batch_size):
         images = torch.stack([image for _, image, _ in batch])
@@ -82,7 +92,7 @@ def evaluate(
 def format_scores(
     result: Mapping[str, Any], class_names: Sequence[str], unseen: Sequence[int] = ()
 ) -> str:
-    """Write scores as two tables: the four of the paper, then every class from best to worst.
+    """Write scores as two tables: every class from best to worst, then the four of the paper.
 
     Args:
         result: what `evaluate` returns.
@@ -101,7 +111,7 @@ def format_scores(
     for k in order:
         group = "unseen" if k in unseen else "seen"
         rows.append(f"  {class_names[k]:<{width}}  {group:<6}  {_cell(values[k]):>5}")
-    return "\n".join([head, line, "", *rows])
+    return "\n".join([*rows, "", head, line])
 
 
 def scores_as_percent(result: Mapping[str, Any], class_names: Sequence[str]) -> dict[str, Any]:

@@ -91,7 +91,7 @@ class DecoderAdapter(nn.Module):
         )
 
     def forward(self, prototypes: Tensor, cls: Tensor, present: Tensor) -> Tensor:
-        """Adapt prototypes (L, C) to CLIP, given CLS tokens (B, C); absent rows are not attended."""
+        """Adapt prototypes (L, C), given CLS tokens (B, C); absent rows are not attended."""
         keep = present | ~present.any()  # a step without any prototype stays finite
         x = prototypes
         normed = self.norm_self(x)

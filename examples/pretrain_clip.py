@@ -7,12 +7,16 @@ A caption names the classes that a crop shows ("a photo of sand, star and ring."
 alike: the teacher has read of everything, as the real CLIP has, but never saw a mask. The model
 is the package's own ``CLIP`` with the real tokenizer; only its sizes are small. Writes
 ``clip.pt`` (for ``load_clip``), ``config.json`` and ``metrics.jsonl`` to the output folder.
+
+It reads the words of its captions and no others: the class names and "a photo of a". Every other
+row of the token table is zero, so a word that it never read adds nothing to a prompt instead of
+noise, and the file stays small. Hence prompts should be the single template "a photo of a {}.";
+the ensemble works, but its further words ("small", "scene", ...) say nothing to this CLIP.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 from collections.abc import Iterator
@@ -35,9 +39,10 @@ from cliptteacher.data.miniworld import (
     draw_single_class,
 )
 from cliptteacher.data.splits import SegmentationDataset
+from cliptteacher.training.run import MetricsLog, write_json
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -63,7 +68,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="CPU threads of torch")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--log-interval", type=int, default=100)
-    return parser.parse_args()
+    args = parser.parse_args(argv)
+    if args.data == "folder" and args.root is None:
+        parser.error("--data folder needs --root, the folder of the data set")
+    return args
 
 
 class MiniWorldCaptions:
@@ -158,14 +166,13 @@ class CompactVocabulary:
     """
 
     def __init__(self, clip: CLIP, class_names: tuple[str, ...]) -> None:
-        every_caption = [f"a photo of {name}, {name} and {name}." for name in class_names]
-        templates = ["a photo of", "a picture of", "an image with", "a photo of a"]
-        templates += ["a photo of the", "a good photo of a", "there is a in the scene."]
-        self.used = tokenize(every_caption + templates).unique()
+        captions = [f"a photo of a {name}, {name} and {name}." for name in class_names]
+        self.used = tokenize([*captions, "a picture of", "an image with"]).unique()
         self.full_size = clip.token_embedding.num_embeddings
         self.clip = clip
         rows = clip.token_embedding.weight[self.used.to(clip.token_embedding.weight.device)]
-        clip.token_embedding = nn.Embedding.from_pretrained(rows.detach().clone(), freeze=False)
+        self.initial = rows.detach().clone()
+        clip.token_embedding = nn.Embedding.from_pretrained(rows.detach(), freeze=False)
 
     def encode(self, texts: list[str]) -> Tensor:
         """Tokenize to compact ids, cut behind the longest text."""
@@ -178,11 +185,15 @@ class CompactVocabulary:
         return compact
 
     def expand(self) -> CLIP:
-        """A copy of the CLIP with the full table, zero where nothing was trained."""
+        """A copy of the CLIP with the full table, zero where nothing was trained.
+
+        A class that no caption named has kept its random row, which would be noise: zero as well.
+        """
         weights = self.clip.state_dict()
         rows = weights["token_embedding.weight"]
+        trained = (rows != self.initial).any(dim=1)
         table = torch.zeros(self.full_size, rows.shape[1], device=rows.device)
-        table[self.used.to(rows.device)] = rows
+        table[self.used.to(rows.device)[trained]] = rows[trained]
         clip = CLIP(self.clip.config)
         clip.load_state_dict({**weights, "token_embedding.weight": table})
         return clip.eval().requires_grad_(False).to(rows.device)
@@ -200,48 +211,64 @@ def make_optimizer(clip: CLIP, learning_rate: float, weight_decay: float) -> tor
 
 
 def train(
-    clip: CLIP, vocabulary: CompactVocabulary, captions: Captions, args: argparse.Namespace
+    clip: CLIP,
+    vocabulary: CompactVocabulary,
+    captions: Captions,
+    args: argparse.Namespace,
+    log: MetricsLog,
 ) -> int:
     """Train until the time or the iterations are used up; returns the iterations."""
     optimizer = make_optimizer(clip, args.learning_rate, args.weight_decay)
     batches = caption_batches(captions, args.batch_size, args.seed)
-    log = (args.output / "metrics.jsonl").open("a")
-    started, mean_loss, step = time.monotonic(), 0.0, 0
+    started, step = time.monotonic(), 0
+    loss_sum = torch.zeros((), device=args.device)
     while True:
         elapsed = time.monotonic() - started
         progress = step / args.iterations if args.iterations else elapsed / (60 * args.minutes)
         if progress >= 1:
             return step
-        rate = args.learning_rate * min(1.0, (step + 1) / 300)
-        rate *= 0.5 * (1 + math.cos(math.pi * progress))
+        rate = learning_rate(args.learning_rate, step, progress)
         for group in optimizer.param_groups:
             group["lr"] = rate
         images, texts = next(batches)
-        ids = vocabulary.encode(texts).to(args.device)
-        image = F.normalize(clip.encode_image(images.to(args.device).float().div(255)).cls, dim=1)
-        text = F.normalize(clip.encode_text(ids), dim=1)
-        loss = contrastive_loss(image, text, clip.logit_scale.exp(), ids)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(clip.parameters(), 1.0)
-        optimizer.step()
-        with torch.no_grad():
-            clip.logit_scale.clamp_(max=math.log(100))
+        pixels = images.to(args.device).float().div(255)
+        loss_sum += train_step(clip, optimizer, pixels, vocabulary.encode(texts).to(args.device))
         step += 1
-        mean_loss += loss.item() / args.log_interval
         if step % args.log_interval == 0:
-            row = {"step": step, "loss": mean_loss, "lr": rate, "progress": progress}
-            row["scale"] = float(clip.logit_scale.detach().exp())
-            row["images_per_second"] = step * args.batch_size / (time.monotonic() - started)
-            log.write(json.dumps(row) + "\n")
-            log.flush()
-            left = (time.monotonic() - started) * (1 / max(progress, 1e-9) - 1) / 60
-            print(
-                f"step {step}  loss {mean_loss:.3f}  lr {rate:.1e}  scale {row['scale']:.1f}  "
-                f"{row['images_per_second']:.0f} images/s  {left:.1f} min left",
-                flush=True,
-            )
-            mean_loss = 0.0
+            row = {"step": step, "loss": float(loss_sum) / args.log_interval, "lr": rate}
+            row |= {"progress": progress, "scale": float(clip.logit_scale.detach().exp())}
+            seconds = time.monotonic() - started
+            row["images_per_second"] = step * args.batch_size / seconds
+            log.write(row)
+            print(progress_line(row, seconds), flush=True)
+            loss_sum.zero_()
+
+
+def learning_rate(peak: float, step: int, progress: float) -> float:
+    """Warm up over 300 iterations, then follow half a cosine down to 0 at progress 1."""
+    return peak * min(1.0, (step + 1) / 300) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def train_step(clip: CLIP, optimizer: torch.optim.Optimizer, pixels: Tensor, ids: Tensor) -> Tensor:
+    """Update the CLIP once; returns the loss, detached and still on the device."""
+    image = F.normalize(clip.encode_image(pixels).cls, dim=1)
+    text = F.normalize(clip.encode_text(ids), dim=1)
+    loss = contrastive_loss(image, text, clip.logit_scale.exp(), ids)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    nn.utils.clip_grad_norm_(clip.parameters(), 1.0)
+    optimizer.step()
+    with torch.no_grad():
+        clip.logit_scale.clamp_(max=math.log(100))  # as OpenAI did
+    return loss.detach()
+
+
+def progress_line(row: dict[str, float], seconds: float) -> str:
+    left = seconds * (1 / max(row["progress"], 1e-9) - 1) / 60
+    return (
+        f"step {row['step']}  loss {row['loss']:.3f}  lr {row['lr']:.1e}  "
+        f"scale {row['scale']:.1f}  {row['images_per_second']:.0f} images/s  {left:.1f} min left"
+    )
 
 
 @torch.inference_mode()
@@ -275,32 +302,29 @@ def single_class_accuracy(clip: CLIP, text: Tensor, size: int, per_class: int = 
     return right / (per_class * len(text))
 
 
-def measure(clip: CLIP, captions: Captions, args: argparse.Namespace) -> dict[str, float]:
+def measure(
+    clip: CLIP, held_out: SegmentationDataset, args: argparse.Namespace
+) -> dict[str, float]:
     """Measure the teacher on data that it was not trained on, at the size it will be applied."""
-    text = class_text_features(clip, captions.class_names)
+    text = class_text_features(clip, held_out.class_names)
     if args.data == "folder":
-        held_out = FolderDataset(args.root, "val")
         return {"dense_accuracy_val": dense_accuracy(clip, text, held_out, 60)}
     return {
         "single_class_accuracy_64": single_class_accuracy(clip, text, args.image_size),
         "single_class_accuracy_128": single_class_accuracy(clip, text, 2 * args.image_size),
-        "dense_accuracy_val_128": dense_accuracy(clip, text, MiniWorld("val"), 192),
+        "dense_accuracy_val_128": dense_accuracy(clip, text, held_out, 192),
     }
 
 
-def main() -> None:
-    args = parse_arguments()
-    torch.manual_seed(args.seed)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    args.output.mkdir(parents=True, exist_ok=True)
-    options = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()}
-    (args.output / "config.json").write_text(json.dumps(options, indent=2) + "\n")
-    captions: Captions
-    if args.data == "folder":
-        captions = FolderCaptions(FolderDataset(args.root, "train"), args.image_size)
-    else:
-        captions = MiniWorldCaptions(args.pool, args.image_size)
+def open_data(args: argparse.Namespace) -> tuple[Captions, SegmentationDataset]:
+    """Images with captions to train on, and the validation split to measure on."""
+    if args.data == "miniworld":
+        return MiniWorldCaptions(args.pool, args.image_size), MiniWorld("val")
+    held_out = FolderDataset(args.root, "val")
+    return FolderCaptions(FolderDataset(args.root, "train"), args.image_size), held_out
+
+
+def build_clip(args: argparse.Namespace) -> CLIP:
     config = CLIPConfig(
         embed_dim=args.embed_dim,
         image_size=args.image_size,
@@ -310,19 +334,34 @@ def main() -> None:
         text_width=args.text_width,
         text_layers=args.text_layers,
     )
-    clip = CLIP(config).to(args.device)
+    return CLIP(config).to(args.device)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    torch.manual_seed(args.seed)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    try:
+        captions, held_out = open_data(args)
+    except (FileNotFoundError, ValueError) as error:
+        raise SystemExit(f"pretrain_clip.py: {error}") from error
+    options = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()}
+    write_json(options, args.output / "config.json")
+    clip = build_clip(args)
     vocabulary = CompactVocabulary(clip, captions.class_names)
     trained = sum(p.numel() for p in clip.parameters())
     print(f"training {trained / 1e6:.2f} M parameters, {len(vocabulary.used)} tokens in use")
+    log = MetricsLog(args.output / "metrics.jsonl")
     started = time.monotonic()
-    iterations = train(clip, vocabulary, captions, args)
+    iterations = train(clip, vocabulary, captions, args, log)
     minutes = (time.monotonic() - started) / 60
     teacher = vocabulary.expand()
     extra = {**options, "iterations": iterations, "minutes": round(minutes, 1)}
     save_clip(teacher, args.output / "clip.pt", extra=extra)
-    scores = measure(teacher, captions, args)
-    with (args.output / "metrics.jsonl").open("a") as log:
-        log.write(json.dumps({"step": iterations, "minutes": minutes, **scores}) + "\n")
+    scores = measure(teacher, held_out, args)
+    log.write({"step": iterations, "minutes": minutes, **scores})
+    log.close()
     for name, value in scores.items():
         print(f"{name}: {100 * value:.1f} %")
     print(f"wrote {args.output / 'clip.pt'} after {iterations} iterations, {minutes:.1f} min")

@@ -13,7 +13,6 @@ metrics.jsonl, checkpoints/ and panels/.
 from __future__ import annotations
 
 import argparse
-import time
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from cliptteacher.data import (
     training_transform,
 )
 from cliptteacher.data.splits import SegmentationDataset
-from cliptteacher.evaluation import evaluate, format_scores, scores_as_percent
+from cliptteacher.evaluation import SCORES, evaluate, format_scores, scores_as_percent
 from cliptteacher.framework import CLIPTeacher, CLIPTeacherConfig
 from cliptteacher.inference import Predictor
 from cliptteacher.segmenters import build_segmenter
@@ -47,7 +46,6 @@ from cliptteacher.training.config import (
 from cliptteacher.training.distributed import (
     Process,
     gather_from_processes,
-    mean_over_processes,
     start_process,
     stop_process,
     wait_for_all,
@@ -56,10 +54,10 @@ from cliptteacher.training.optimizer import build_optimizer, parameter_groups, s
 from cliptteacher.training.recipes import get_recipe, list_recipes
 from cliptteacher.training.run import (
     MetricsLog,
+    Progress,
     default_output,
     describe_environment,
     format_time,
-    progress_line,
     write_json,
 )
 from cliptteacher.training.schedule import learning_rate_factor
@@ -99,14 +97,14 @@ def read_configuration(argv: list[str] | None) -> tuple[str, TrainConfig, CLIPTe
 def train(
     recipe: str, config: TrainConfig, method: CLIPTeacherConfig, process: Process
 ) -> dict[str, Any] | None:
-    """Train, evaluate and save; the main process returns the final scores in percent."""
+    """Train, evaluate and save; returns the final scores in percent."""
     torch.manual_seed(config.seed)  # equal on all ranks: they build equal networks
 
-    # Data: training sees seen labels and names only; evaluation sees everything.
+    # Data: training gets seen labels and seen names only.
     train_set = open_dataset(config.data, config.root, "train")
     seen_set = SeenOnly(train_set, closed_set=config.closed_set)
 
-    # Teacher and student.
+    # Teacher, student, optimiser.
     clip = load_clip(config.clip)
     segmenter = build_segmenter(config.segmenter, clip.embed_dim, config.segmenter_weights)
     model = CLIPTeacher(clip, segmenter, seen_set.class_names, method).to(process.device)
@@ -121,70 +119,88 @@ def train(
 
     # Run directory, and where an earlier run stopped.
     output = choose_output(recipe, config, process)
-    start, torch_rng = 0, None
-    if config.resume and (output / "checkpoints" / "last.pt").exists():
-        state = load_checkpoint(output)
-        start = restore(state, model, optimizer, process)
-        torch_rng = state["training"]["rng"]
-        if process.is_main:
-            print(f"resumed from step {start} in {output}")
-    torch.manual_seed(config.seed + 1000 * (process.rank + 1))  # dropout differs between ranks
-    if torch_rng is not None and len(torch_rng) == process.world_size:
-        torch.set_rng_state(torch_rng[process.rank])
-    log = None
-    if process.is_main:
-        write_json({"recipe": recipe, **config_as_dict(config, method)}, output / "config.json")
-        environment = describe_environment(process.world_size, process.device)
-        write_json(environment, output / "environment.json")
-        log = MetricsLog(output / "metrics.jsonl", start)
+    start = resume(output, config, model, optimizer, process)
+    log = open_log(recipe, output, start, config, method, process) if process.is_main else None
 
-    wrapped = wrap(model, process)
-    loader = build_loader(seen_set, config, process, start)
-    wrapped.train()
-    names: list[str] = []
-    sums, since, began = torch.zeros((), device=process.device), 0, time.monotonic()
-    for step, (images, labels) in enumerate(loader, start):
-        factor = learning_rate_factor(
-            step,
-            config.iterations,
-            warmup=min(config.warmup, config.iterations // 2),
-            warmup_start=config.warmup_start,
-            power=config.power,
-        )
-        set_learning_rate(optimizer, factor)
+    # The loop.
+    wrapped = wrap(model, process).train()
+    progress = Progress(config.iterations, start, log)
+    for step, (images, labels) in enumerate(build_loader(seen_set, config, process, start), start):
+        set_learning_rate(optimizer, rate_factor(config, step))
         images = images.to(process.device, non_blocking=True)
         labels = labels.to(process.device, non_blocking=True)
-        losses = train_step(wrapped, optimizer, images, labels, config)
-        names = list(losses)
-        sums, since = sums + torch.stack(tuple(losses.values())), since + 1
+        progress.add(train_step(wrapped, optimizer, images, labels, config))
         done = step + 1
         if done % config.log_interval == 0 or done == config.iterations:
-            means = (mean_over_processes(sums) / since).tolist()  # the only wait for the device
-            sums, since = torch.zeros_like(sums), 0
-            if log is not None:
-                rate, seconds = optimizer.param_groups[0]["lr"], time.monotonic() - began
-                terms = dict(zip(names, means, strict=True))
-                print(
-                    progress_line(done, config.iterations, terms, seconds, done - start, rate),
-                    flush=True,
-                )
-                speed = (done - start) / seconds
-                log.write({"step": done, **terms, "lr": rate, "iterations_per_second": speed})
+            line = progress.report(done, optimizer.param_groups[0]["lr"])
+            if line is not None:
+                print(line, flush=True)
         if done % config.checkpoint_interval == 0 or done == config.iterations:
-            content = checkpoint_content(done, model, optimizer, config, method, train_set, process)
+            content = checkpoint_content(done, model, optimizer, config, train_set, process)
             if process.is_main:
                 save_checkpoint(content, output / "checkpoints", config.keep_checkpoints)
         if config.eval_interval and done % config.eval_interval == 0 and done < config.iterations:
-            scores = assess(model, config, config.eval_split, process, output, done)
-            report(scores, done, config.eval_split, log, full=False)
+            report(assess(model, config, config.eval_split, process, output, done), done, log)
             wrapped.train()
 
+    # The result.
     scores = assess(model, config, config.test_split, process, output, config.iterations)
-    if log is not None:
-        print(f"trained {format_time(time.monotonic() - began)}, results in {output}")
-        report(scores, config.iterations, config.test_split, log, full=True)
-        log.close()
+    if process.is_main:
+        print(f"trained in {format_time(progress.seconds)}, everything is in {output}")
+    report(scores, config.iterations, log, full=True)
     return scores
+
+
+def resume(
+    output: Path,
+    config: TrainConfig,
+    model: CLIPTeacher,
+    optimizer: torch.optim.Optimizer,
+    process: Process,
+) -> int:
+    """Take up the newest checkpoint, if asked and there is one; returns the step to start with."""
+    torch.manual_seed(config.seed + 1000 * (process.rank + 1))  # dropout differs between ranks
+    if not (config.resume and (output / "checkpoints" / "last.pt").exists()):
+        return 0
+    state = load_checkpoint(output)
+    training = state["training"]
+    model.segmenter.load_state_dict(state["segmenter"])
+    model.plm.adapter.load_state_dict(training["adapter"])
+    model.glm.bank.load_state_dict(training["bank"], process.device)
+    optimizer.load_state_dict(training["optimizer"])
+    if len(training["rng"]) == process.world_size:
+        torch.set_rng_state(training["rng"][process.rank])
+        if process.device.type == "cuda":
+            torch.cuda.set_rng_state(training["cuda_rng"][process.rank], process.device)
+    if process.is_main:
+        print(f"resumed from step {state['step']} in {output}")
+    return int(state["step"])
+
+
+def open_log(
+    recipe: str,
+    output: Path,
+    start: int,
+    config: TrainConfig,
+    method: CLIPTeacherConfig,
+    process: Process,
+) -> MetricsLog:
+    """Write config.json and environment.json, open metrics.jsonl."""
+    write_json({"recipe": recipe, **config_as_dict(config, method)}, output / "config.json")
+    environment = describe_environment(process.world_size, process.device)
+    write_json(environment, output / "environment.json")
+    return MetricsLog(output / "metrics.jsonl", start)
+
+
+def rate_factor(config: TrainConfig, step: int) -> float:
+    """The schedule of this run; a short run warms up for at most half of it."""
+    return learning_rate_factor(
+        step,
+        config.iterations,
+        warmup=min(config.warmup, config.iterations // 2),
+        warmup_start=config.warmup_start,
+        power=config.power,
+    )
 
 
 def print_plan(
@@ -308,7 +324,7 @@ def assess(
         images, labels, predictions = (list(column) for column in zip(*shown, strict=True))
         panel = prediction_panel(images, labels, predictions, dataset.class_names, dataset.unseen)
         write_png(panel, output / "panels" / f"{split}_{step:08d}.png")
-    scores = scores_as_percent(result, dataset.class_names)
+    scores = {"split": split, **scores_as_percent(result, dataset.class_names)}
     scores["table"] = format_scores(result, dataset.class_names, dataset.unseen)
     return scores
 
@@ -331,20 +347,18 @@ def build_predictor(
     )
 
 
-def report(
-    scores: dict[str, Any], step: int, split: str, log: MetricsLog | None, full: bool
-) -> None:
+def report(scores: dict[str, Any], step: int, log: MetricsLog | None, full: bool = False) -> None:
     """Print and log the scores (main process only)."""
     if log is None:
         return
     table = str(scores.pop("table"))
-    log.write({"step": step, "split": split, **scores})
-    four = "  ".join(
-        f"{k} {scores[k]:.1f}"
-        for k in ("pAcc", "mIoU(S)", "mIoU(U)", "hIoU")
-        if scores[k] is not None
-    )
-    print(table if full else f"step {step}, {split}: {four}", flush=True)
+    log.write({"step": step, **scores})
+    four = "  ".join(f"{name} {_percent(scores[name])}" for name in SCORES)
+    print(table if full else f"{step:>6} {scores['split']}: {four}", flush=True)
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
 
 
 def checkpoint_content(
@@ -352,12 +366,13 @@ def checkpoint_content(
     model: CLIPTeacher,
     optimizer: torch.optim.Optimizer,
     config: TrainConfig,
-    method: CLIPTeacherConfig,
     dataset: SegmentationDataset,
     process: Process,
 ) -> dict[str, Any]:
     """Everything to go on from, and everything to predict with; every process takes part."""
+    method, cuda = model.config, process.device.type == "cuda"
     rng = gather_from_processes(torch.get_rng_state(), process.device)
+    cuda_rng = torch.cuda.get_rng_state(process.device) if cuda else torch.empty(0)
     unseen = () if config.closed_set else dataset.unseen
     text = class_text_features(model.clip, dataset.class_names, method.templates)
     return {
@@ -378,21 +393,10 @@ def checkpoint_content(
             "bank": model.glm.bank.state_dict(),
             "adapter": model.plm.adapter.state_dict(),
             "rng": rng,
+            "cuda_rng": gather_from_processes(cuda_rng, process.device) if cuda else [],
         },
         "config": config_as_dict(config, method),
     }
-
-
-def restore(
-    state: dict[str, Any], model: CLIPTeacher, optimizer: torch.optim.Optimizer, process: Process
-) -> int:
-    """Take weights, optimiser and bank from a checkpoint; returns its step."""
-    training = state["training"]
-    model.segmenter.load_state_dict(state["segmenter"])
-    model.plm.adapter.load_state_dict(training["adapter"])
-    model.glm.bank.load_state_dict(training["bank"], process.device)
-    optimizer.load_state_dict(training["optimizer"])
-    return int(state["step"])
 
 
 if __name__ == "__main__":

@@ -119,6 +119,21 @@ def test_shards_partition_the_images_and_add_up(world_size: int) -> None:
     assert same(dict(metrics.compute()), dict(evaluate(red_channel, Scenes())))
 
 
+def test_the_unseen_classes_can_be_others_than_those_of_the_data_set() -> None:
+    own, other = evaluate(red_channel, Scenes()), evaluate(red_channel, Scenes(), unseen=[0, 1])
+    assert torch.equal(own["IoU"][:3], other["IoU"][:3])
+    assert other["mIoU(S)"] == own["mIoU(U)"] and other["mIoU(U)"] == own["mIoU(S)"]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_random_numbers_of_training_are_left_alone(workers: int) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    evaluate(red_channel, Scenes(), workers=workers)
+    assert torch.equal(torch.rand(3), expected)
+
+
 def test_progress_counts_the_images_of_the_rank() -> None:
     calls: list[tuple[int, int]] = []
     evaluate(
@@ -179,14 +194,14 @@ RESULT = {
 def test_table_by_hand() -> None:
     assert format_scores(RESULT, NAMES, unseen=[2, 3]) == "\n".join(
         [
-            "     pAcc  mIoU(S)  mIoU(U)     hIoU",
-            "     74.8     41.0        -      0.0",
-            "",
             "  class  group     IoU",
             "  sky    seen     91.2",
             "  grass  seen     50.0",
             "  boat   unseen    0.0",
             "  cow    unseen      -",
+            "",
+            "     pAcc  mIoU(S)  mIoU(U)     hIoU",
+            "     74.8     41.0        -      0.0",
         ]
     )
 

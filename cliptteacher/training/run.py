@@ -15,6 +15,9 @@ from typing import Any
 
 import torch
 import torchvision
+from torch import Tensor
+
+from .distributed import mean_over_processes
 
 
 def default_output(recipe: str) -> Path:
@@ -89,6 +92,48 @@ def _step_of(line: str) -> int:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return sys.maxsize  # a line that was cut short by a crash
+
+
+class Progress:
+    """Sums losses on the device and waits for it only when a line is due.
+
+    Args:
+        iterations: length of the run.
+        start: iteration that this process starts with.
+        log: None on all but the main process.
+    """
+
+    def __init__(self, iterations: int, start: int, log: MetricsLog | None) -> None:
+        self.iterations, self.start, self.log = iterations, start, log
+        self._began = time.monotonic()
+        self._sums: dict[str, Tensor] = {}
+        self._count = 0
+
+    @property
+    def seconds(self) -> float:
+        """Time since the loop began."""
+        return time.monotonic() - self._began
+
+    def add(self, losses: Mapping[str, Tensor]) -> None:
+        """Add the losses of one step."""
+        self._sums = {name: self._sums.get(name, 0) + value for name, value in losses.items()}
+        self._count += 1
+
+    def report(self, done: int, lr: float) -> str | None:
+        """Log the mean losses since the last line, over all processes; all must call it.
+
+        Returns:
+            The line to print on the main process, None on the others.
+        """
+        sums = mean_over_processes(torch.stack(tuple(self._sums.values())))
+        means = dict(zip(self._sums, (sums / self._count).tolist(), strict=True))
+        self._sums, self._count = {}, 0
+        if self.log is None:
+            return None
+        steps = done - self.start
+        speed = steps / self.seconds
+        self.log.write({"step": done, **means, "lr": lr, "iterations_per_second": speed})
+        return progress_line(done, self.iterations, means, self.seconds, steps, lr)
 
 
 def progress_line(

@@ -1,0 +1,189 @@
+"""Score a trained student: pAcc, mIoU of seen and unseen classes, and their hIoU.
+
+    python examples/evaluate.py --checkpoint runs/miniworld --split test
+    torchrun --standalone --nproc_per_node=8 examples/evaluate.py --checkpoint runs/paper \
+        --data folder --root DIR --split val --mode slide
+    python examples/evaluate.py --help
+
+A student is not bound to the data set it was trained on. If the class names are those of its
+training run, their stored text features serve and no CLIP is needed; otherwise the CLIP reads the
+new names, and unseen are those that training had no labels for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+from words import with_words
+
+from cliptteacher.data import SegmentationDataset, open_dataset
+from cliptteacher.evaluation import evaluate, format_scores, scores_as_percent
+from cliptteacher.inference import TrainedSegmenter, load_segmenter
+from cliptteacher.training.distributed import Process, start_process, stop_process
+from cliptteacher.training.run import write_json
+from cliptteacher.visualize import class_palette, overlay, write_png
+
+SECONDS_BETWEEN_LINES = 30
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    process = start_process(args.device)
+    try:
+        run(args, process)
+    except (FileNotFoundError, ValueError) as error:
+        raise SystemExit(f"evaluate.py: {error}") from error
+    finally:
+        stop_process()
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--checkpoint", type=Path, required=True, help="a file, or the directory of a run")
+    add("--data", choices=("miniworld", "folder"), help="default: that of training")
+    add("--root", help="folder of the data set; default: that of training")
+    add("--split", default="val")
+    add("--mode", choices=("whole", "slide"), default="whole")
+    add("--window", type=int, help="side of a sliding window; default: the crop of training")
+    add("--stride", type=int, help="step between windows; default: 5/6 of the window")
+    add("--resize", type=int, nargs=2, metavar=("LONG", "SHORT"), help="fit images into these")
+    add("--gamma", type=float, help="bonus of unseen classes; default: that of training")
+    add("--clip", help="name or path of the CLIP, for class names that training did not know")
+    add("--save-dir", type=Path, help="write NAME.png (class indices) and NAME_overlay.png here")
+    add("--json", type=Path, help="write the scores here")
+    add("--batch-size", type=int, default=1, help="images of equal size predicted together")
+    add("--workers", type=int, default=0, help="processes that read images ahead")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    return parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace, process: Process) -> None:
+    """Evaluate, print and save."""
+    trained = load_segmenter(args.checkpoint)
+    dataset = open_split(args, trained)
+    student, unread = with_words(trained, dataset.class_names, args.clip)
+    gamma = student.gamma if args.gamma is None else args.gamma
+    # A student that has seen all classes is the upper bound of the data set's own unseen ones.
+    groups = student.unseen or dataset.unseen
+    if process.is_main:
+        print_plan(args, student, dataset, gamma, unread)
+    result = evaluate(
+        student.predictor(gamma=gamma, **inference_settings(args, trained)).to(process.device),
+        dataset,
+        device=process.device,
+        rank=process.rank,
+        world_size=process.world_size,
+        workers=args.workers,
+        batch_size=args.batch_size,
+        unseen=groups,
+        progress=print_progress() if process.is_main else None,
+        on_sample=prediction_writer(args.save_dir, student, dataset) if args.save_dir else None,
+    )
+    if process.is_main:
+        if args.json is not None:
+            scores = scores_as_percent(result, dataset.class_names)
+            write_json(summary(args, student, gamma, scores), args.json)
+        print(format_scores(result, dataset.class_names, groups))
+
+
+def open_split(args: argparse.Namespace, trained: TrainedSegmenter) -> SegmentationDataset:
+    """Open the data set that was asked for; what was not said is as in training."""
+    config = trained.checkpoint.get("config", {})
+    args.data = args.data or ("folder" if args.root else config.get("data", "miniworld"))
+    if args.data == "folder" and args.root is None:
+        args.root = config.get("root")
+    return open_dataset(args.data, args.root, args.split, cache=False)
+
+
+def inference_settings(args: argparse.Namespace, trained: TrainedSegmenter) -> dict[str, Any]:
+    """Collect what the predictor needs to know about sizes."""
+    window = args.window or trained.checkpoint.get("config", {}).get("crop", 512)
+    return {
+        "mode": args.mode,
+        "window": window,
+        "stride": args.stride or max(1, window * 5 // 6),
+        "resize": tuple(args.resize) if args.resize else None,
+    }
+
+
+def print_plan(
+    args: argparse.Namespace,
+    student: TrainedSegmenter,
+    dataset: SegmentationDataset,
+    gamma: float,
+    unread: list[str],
+) -> None:
+    """Say what is about to be measured, and which classes count as unseen."""
+    name, step = student.checkpoint["segmenter_name"], student.checkpoint["step"]
+    names = ", ".join(student.class_names[k] for k in student.unseen)
+    print(
+        f"{name} of {args.checkpoint} after {step} iterations, on {args.root or args.data} "
+        f"{args.split}: {len(dataset)} images, {len(student.class_names)} classes"
+    )
+    if names:
+        print(f"unseen in training, with a bonus of {gamma:g}: {names}")
+    else:
+        print("training had labels of all these classes: an upper bound, no zero-shot result")
+    if unread:
+        print(f"warning: the CLIP never read the words {', '.join(unread)}; expect nothing of them")
+
+
+def print_progress() -> Callable[[int, int], None]:
+    """Print how far the main process is, from time to time."""
+    last = time.monotonic()
+
+    def show(done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last > SECONDS_BETWEEN_LINES:
+            last = time.monotonic()
+            print(f"{done} of {total} images", flush=True)
+
+    return show
+
+
+def prediction_writer(
+    folder: Path, student: TrainedSegmenter, dataset: SegmentationDataset
+) -> Callable[[int, Tensor, Tensor, Tensor], None]:
+    """Write every prediction as an index map and as a picture."""
+    names, palette = student.class_names, class_palette(len(student.class_names))
+
+    def write(index: int, image: Tensor, label: Tensor, prediction: Tensor) -> None:
+        name = dataset.image_name(index)
+        picture = overlay(image, prediction, names, palette, unseen=student.unseen)
+        write_png(Image.fromarray(prediction.numpy().astype(np.uint8)), folder / f"{name}.png")
+        write_png(picture, folder / f"{name}_overlay.png")
+
+    return write
+
+
+def summary(
+    args: argparse.Namespace, student: TrainedSegmenter, gamma: float, scores: dict[str, Any]
+) -> dict[str, Any]:
+    """Collect the scores and everything they depend on."""
+    return {
+        "scores": scores,
+        "checkpoint": str(args.checkpoint),
+        "step": student.checkpoint["step"],
+        "data": args.data,
+        "root": args.root,
+        "split": args.split,
+        "unseen": [student.class_names[k] for k in student.unseen],
+        "gamma": gamma,
+        "mode": args.mode,
+        "resize": args.resize,
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,276 @@
+"""The Global Learning Module against explicit loops, alone and in two processes."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from cliptteacher.glm import (
+    CLSBank,
+    GlobalLearningModule,
+    attention_weights,
+    gather_cls,
+    pool_features,
+)
+
+TAU = 0.07
+
+
+def random_step(seed: int, B: int = 3, C: int = 6, h: int = 4, w: int = 5) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(B, C, h, w, generator=generator)
+    return features, 3 * torch.randn(B, C, generator=generator)
+
+
+def loop_pool(features: Tensor, cls: Tensor, pooling: str) -> Tensor:
+    """Eq. (1)-(2) one image, one position at a time, in float64."""
+    rows = []
+    for image, token in zip(features.double(), cls.double(), strict=True):
+        C, h, w = image.shape
+        positions = [image[:, y, x] for y in range(h) for x in range(w)]
+        if pooling == "mean":
+            rows.append(torch.stack(positions).sum(0) / len(positions))
+        elif pooling == "max":
+            rows.append(torch.stack([torch.stack([p[c] for p in positions]).max() for c in range(C)]))
+        else:
+            unit = token / token.norm()
+            exponents = [((unit * p).sum() / math.sqrt(C)).exp() for p in positions]
+            total = sum(exponents)
+            rows.append(sum(e / total * p for e, p in zip(exponents, positions, strict=True)))
+    return torch.stack(rows)
+
+
+def loop_info_nce(pooled: Tensor, cls: Tensor, negatives: list[list[Tensor]]) -> Tensor:
+    """Eq. (3) with its missing -log; ``negatives[i]`` are the other tokens of image i."""
+    terms = []
+    for predicted, own, others in zip(pooled, cls.double(), negatives, strict=True):
+        p = predicted / predicted.norm()
+        positive = ((own / own.norm()) @ p / TAU).exp()
+        rest = sum((((s / s.norm()).double() @ p) / TAU).exp() for s in others)
+        terms.append(-(positive / (positive + rest)).log())
+    return torch.stack(terms).mean()
+
+
+def others(history: list[Tensor], size: int) -> list[list[Tensor]]:
+    """For each image of the newest batch: every token of the last ``size`` batches but its own."""
+    window = history[-size:]
+    return [
+        [
+            row.double()
+            for age, batch in enumerate(reversed(window))
+            for j, row in enumerate(batch)
+            if not (age == 0 and j == i)
+        ]
+        for i in range(len(history[-1]))
+    ]
+
+
+@pytest.mark.parametrize("pooling", ["attention", "mean", "max"])
+def test_pooling_equals_a_loop_over_positions(pooling: str) -> None:
+    features, cls = random_step(0)
+    pooled = pool_features(features, cls, pooling)
+    assert pooled.shape == (3, 6) and pooled.dtype == torch.float32
+    torch.testing.assert_close(pooled.double(), loop_pool(features, cls, pooling))
+
+
+@pytest.mark.parametrize("pooling", ["attention", "mean", "max"])
+def test_gradients_equal_those_of_the_loop(pooling: str) -> None:
+    # The module computes in float32 by design, too coarse for gradcheck; the float64 loop is not.
+    features, cls = random_step(1)
+    ours = features.clone().requires_grad_()
+    loop = features.clone().double().requires_grad_()
+    weight = torch.randn(3, 6, generator=torch.Generator().manual_seed(2))
+    (pool_features(ours, cls, pooling) * weight).sum().backward()
+    (loop_pool(loop, cls, pooling) * weight).sum().backward()
+    assert torch.autograd.gradcheck(lambda x: loop_pool(x, cls, pooling), loop)
+    torch.testing.assert_close(ours.grad.double(), loop.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_attention_weights_sum_to_one_and_prefer_similar_positions() -> None:
+    features, cls = random_step(3)
+    features[0, :, 2, 1] = 20 * cls[0] / cls[0].norm()
+    weights = attention_weights(features, cls)
+    assert weights.shape == (3, 4, 5) and weights.dtype == torch.float32
+    torch.testing.assert_close(weights.sum(dim=(1, 2)), torch.ones(3))
+    assert weights[0].argmax() == 2 * 5 + 1
+
+
+def test_cls_enters_at_unit_length_and_features_do_not() -> None:
+    features, cls = random_step(4)
+    weights = attention_weights(features, cls)
+    torch.testing.assert_close(attention_weights(features, 50 * cls), weights)
+    assert not torch.allclose(attention_weights(3 * features, cls), weights, atol=1e-3)
+
+
+def test_the_loss_ignores_the_length_of_cls() -> None:
+    features, cls = random_step(5)
+    first, second = GlobalLearningModule(), GlobalLearningModule()
+    torch.testing.assert_close(first(features, cls), second(features, 9 * cls))
+
+
+def test_negatives_are_the_last_24_iterations_but_the_own_token() -> None:
+    module = GlobalLearningModule(bank_size=24)
+    history: list[Tensor] = []
+    for iteration in range(1, 27):
+        features, cls = random_step(100 + iteration)
+        history.append(cls)
+        loss = module(features, cls).double()
+        assert len(module.bank.rows()) == 3 * min(iteration, 24)
+        if iteration in (1, 2, 24, 25, 26):
+            pooled = loop_pool(features, cls, "attention")
+            torch.testing.assert_close(
+                loss, loop_info_nce(pooled, cls, others(history, 24)), rtol=1e-5, atol=1e-6
+            )
+            if iteration >= 25:  # one batch more would be seen
+                longer = loop_info_nce(pooled, cls, others(history, 25))
+                assert abs(float(longer - loss)) > 1e-3
+
+
+def test_the_bank_holds_the_newest_first_and_takes_any_batch_size() -> None:
+    bank = CLSBank(3)
+    batches = [torch.full((n, 2), float(n)) for n in (1, 4, 2, 3)]
+    for batch in batches:
+        bank.insert(batch)
+    assert torch.equal(bank.rows(), torch.cat([batches[3], batches[2], batches[1]]))
+
+
+def test_varying_batch_sizes_equal_the_loop() -> None:
+    module = GlobalLearningModule("mean", bank_size=3)
+    history: list[Tensor] = []
+    for seed, B in enumerate((2, 5, 1, 3, 2)):
+        features, cls = random_step(seed, B=B)
+        history.append(cls)
+        expected = loop_info_nce(loop_pool(features, cls, "mean"), cls, others(history, 3))
+        torch.testing.assert_close(
+            module(features, cls).double(), expected, rtol=1e-5, atol=1e-6
+        )
+
+
+@pytest.mark.parametrize("size", [0, 1])
+def test_size_0_and_1_keep_the_current_batch_alone(size: int) -> None:
+    module = GlobalLearningModule(bank_size=size)
+    module(*random_step(0))
+    features, cls = random_step(1)
+    loss = module(features, cls).double()
+    assert torch.equal(module.bank.rows(), cls)
+    expected = loop_info_nce(loop_pool(features, cls, "attention"), cls, others([cls], 1))
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_single_image_without_history_has_no_negative_and_no_loss() -> None:
+    features, cls = random_step(0, B=1)
+    features.requires_grad_()
+    loss = GlobalLearningModule()(features, cls)
+    loss.backward()
+    assert loss.item() == pytest.approx(0, abs=1e-6)
+    assert features.grad.abs().max() < 1e-6
+
+
+def test_the_bank_keeps_no_graph() -> None:
+    module = GlobalLearningModule()
+    features, cls = random_step(0)
+    module(features, cls.requires_grad_())
+    assert not module.bank.rows().requires_grad
+
+
+def test_bank_state_round_trip_through_a_file(tmp_path: Path) -> None:
+    module = GlobalLearningModule(bank_size=4)
+    for seed in range(6):
+        module(*random_step(seed))
+    torch.save(module.bank.state_dict(), tmp_path / "bank.pt")
+    copy = GlobalLearningModule(bank_size=4)
+    copy(*random_step(50))  # what it held before is dropped
+    copy.bank.load_state_dict(torch.load(tmp_path / "bank.pt", weights_only=True))
+    assert torch.equal(copy.bank.rows(), module.bank.rows())
+    step = random_step(60)
+    assert torch.equal(copy(*step), module(*step))
+    assert torch.equal(copy.bank.rows(), module.bank.rows())
+
+
+def test_the_module_has_no_parameters_and_no_state() -> None:
+    module = GlobalLearningModule()
+    module(*random_step(0))
+    assert not list(module.parameters()) and not module.state_dict()
+
+
+def test_bfloat16_features_stay_close() -> None:
+    features, cls = random_step(7, C=32)
+    exact = GlobalLearningModule()(features, cls)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = GlobalLearningModule()(features.bfloat16(), cls.bfloat16())
+    assert rounded.dtype == torch.float32
+    assert rounded.item() == pytest.approx(exact.item(), rel=0.1)
+
+
+def test_alone_nothing_is_gathered() -> None:
+    cls = torch.randn(2, 4, requires_grad=True)
+    gathered, first = gather_cls(cls)
+    assert torch.equal(gathered, cls) and first == 0 and not gathered.requires_grad
+
+
+def global_step(iteration: int) -> tuple[Tensor, Tensor]:
+    return random_step(300 + iteration, B=4)
+
+
+def train_on_one_rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    module = GlobalLearningModule(bank_size=2)
+    losses, gradients = [], []
+    for iteration in range(4):
+        features, cls = (part[2 * rank : 2 * rank + 2] for part in global_step(iteration))
+        features = features.clone().requires_grad_()
+        loss = module(features, cls)
+        loss.backward()
+        losses.append(loss.detach())
+        gradients.append(features.grad)
+    result = {"losses": losses, "gradients": gradients, "bank": module.bank.rows()}
+    torch.save(result, f"{folder}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_equal_one_with_the_double_batch(tmp_path: Path) -> None:
+    mp.spawn(train_on_one_rank, (str(tmp_path),), nprocs=2)
+    ranks = [torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in range(2)]
+    assert torch.equal(ranks[0]["bank"], ranks[1]["bank"])
+    single, history = GlobalLearningModule(bank_size=2), []
+    for iteration in range(4):
+        features, cls = global_step(iteration)
+        history.append(cls)
+        features = features.requires_grad_()
+        loss = single(features, cls)
+        loss.backward()
+        mean = (ranks[0]["losses"][iteration] + ranks[1]["losses"][iteration]) / 2
+        torch.testing.assert_close(mean, loss.detach())
+        both = torch.cat([rank["gradients"][iteration] for rank in ranks]) / 2
+        torch.testing.assert_close(both, features.grad)
+        rows = others(history, 2)  # rank r owns images 2r and 2r + 1 of the global batch
+        for r in range(2):
+            own = slice(2 * r, 2 * r + 2)
+            pooled = loop_pool(features.detach()[own], cls[own], "attention")
+            expected = loop_info_nce(pooled, cls[own], rows[own])
+            torch.testing.assert_close(
+                ranks[r]["losses"][iteration].double(), expected, rtol=1e-5, atol=1e-6
+            )
+    assert torch.equal(single.bank.rows(), ranks[0]["bank"])
+
+
+def test_shapes_that_do_not_fit() -> None:
+    with pytest.raises(ValueError, match=r"must agree, got \(2, 4, 3, 3\) and \(2, 5\)"):
+        pool_features(torch.zeros(2, 4, 3, 3), torch.zeros(2, 5))
+    with pytest.raises(ValueError, match=r"must agree, got \(2, 4, 3\)"):
+        pool_features(torch.zeros(2, 4, 3), torch.zeros(2, 4))
+
+
+def test_unknown_pooling() -> None:
+    with pytest.raises(ValueError, match="\"mean\" or \"max\", got 'median'"):
+        pool_features(torch.zeros(1, 2, 3, 3), torch.zeros(1, 2), "median")
+
+
+def test_negative_bank_size() -> None:
+    with pytest.raises(ValueError, match="at least 0, got -1"):
+        GlobalLearningModule(bank_size=-1)

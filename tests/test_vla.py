@@ -1,0 +1,194 @@
+"""The Vision-Language Adapter against a decoder layer written out by hand."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cliptteacher.vla import (
+    Attention,
+    DecoderAdapter,
+    IdentityAdapter,
+    MLPAdapter,
+    build_adapter,
+)
+
+KINDS = ["decoder", "mlp", "identity"]
+C, HEADS = 8, 2
+
+
+def random_sets(seed: int = 0, L: int = 7, B: int = 3) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    prototypes = torch.randn(L, C, generator=generator, dtype=torch.float64)
+    cls = torch.randn(B, C, generator=generator, dtype=torch.float64)
+    present = torch.ones(L, dtype=torch.bool)
+    present[[1, 4]] = False
+    return prototypes, cls, present
+
+
+def build(kind: str) -> nn.Module:
+    torch.manual_seed(0)
+    adapter = build_adapter(kind, C, HEADS).double()
+    with torch.no_grad():
+        for parameter in adapter.parameters():  # norms and biases leave their ones and zeros
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return adapter
+
+
+def layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
+    mean = x.sum() / len(x)
+    variance = ((x - mean) ** 2).sum() / len(x)
+    return (x - mean) / (variance + norm.eps).sqrt() * norm.weight + norm.bias
+
+
+def attend(queries: list[Tensor], memory: list[Tensor], attention: Attention) -> list[Tensor]:
+    width = C // attention.heads
+    W, b = attention.key_value.weight, attention.key_value.bias
+    out = []
+    for row in queries:
+        q = attention.query.weight @ row + attention.query.bias
+        pieces = []
+        for head in range(attention.heads):
+            part = slice(head * width, (head + 1) * width)
+            keys = [(W[:C] @ m + b[:C])[part] for m in memory]
+            values = [(W[C:] @ m + b[C:])[part] for m in memory]
+            exponents = [torch.exp(q[part] @ k / math.sqrt(width)) for k in keys]
+            total = sum(exponents)
+            pieces.append(sum(e / total * v for e, v in zip(exponents, values, strict=True)))
+        out.append(attention.out.weight @ torch.cat(pieces) + attention.out.bias)
+    return out
+
+
+def literal_decoder(
+    layer: DecoderAdapter, prototypes: Tensor, cls: Tensor, present: Tensor
+) -> Tensor:
+    """Pre-norm decoder: self-attention, cross-attention, MLP, one row and one head at a time."""
+    x = list(prototypes)
+    normed = [layer_norm(row, layer.norm_self) for row in x]
+    visible = [row for row, keep in zip(normed, present, strict=True) if keep]
+    x = [a + b for a, b in zip(x, attend(normed, visible, layer.attend_self), strict=True)]
+    normed = [layer_norm(row, layer.norm_cross) for row in x]
+    x = [a + b for a, b in zip(x, attend(normed, list(cls), layer.attend_cross), strict=True)]
+    rows = []
+    for row in x:
+        first, last = layer.mlp[0], layer.mlp[2]
+        hidden = first.weight @ layer_norm(row, layer.norm_mlp) + first.bias
+        hidden = hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))
+        rows.append(row + last.weight @ hidden + last.bias)
+    return torch.stack(rows)
+
+
+def test_the_decoder_equals_a_literal_layer() -> None:
+    layer = build("decoder")
+    sets = random_sets()
+    torch.testing.assert_close(
+        layer(*sets), literal_decoder(layer, *sets), rtol=1e-10, atol=1e-10
+    )
+
+
+def test_the_mlp_is_linear_relu_linear_of_each_row() -> None:
+    adapter = build("mlp")
+    prototypes, cls, present = random_sets()
+    first, last = adapter.mlp[0], adapter.mlp[2]
+    for row, out in zip(prototypes, adapter(prototypes, cls, present), strict=True):
+        hidden = (first.weight @ row + first.bias).clamp(min=0)
+        torch.testing.assert_close(out, last.weight @ hidden + last.bias)
+
+
+def test_the_identity_gives_the_prototypes_back() -> None:
+    prototypes, cls, present = random_sets()
+    adapter = build("identity")
+    assert torch.equal(adapter(prototypes, cls, present), prototypes)
+    assert not list(adapter.parameters())
+
+
+def test_the_three_kinds() -> None:
+    assert isinstance(build("decoder"), DecoderAdapter)
+    assert isinstance(build("mlp"), MLPAdapter)
+    assert isinstance(build("identity"), IdentityAdapter)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_absent_rows_never_influence_present_ones(kind: str) -> None:
+    adapter = build(kind)
+    prototypes, cls, present = random_sets()
+    changed = torch.where(present[:, None], prototypes, 1e4 * torch.rand_like(prototypes))
+    assert torch.equal(
+        adapter(changed, cls, present)[present], adapter(prototypes, cls, present)[present]
+    )
+
+
+def test_present_rows_do_influence_each_other_in_the_decoder() -> None:
+    adapter = build("decoder")
+    prototypes, cls, present = random_sets()
+    changed = prototypes.clone()
+    changed[0] += 1
+    difference = adapter(changed, cls, present) - adapter(prototypes, cls, present)
+    assert (difference.abs().amax(dim=1) > 1e-6).all()
+
+
+def test_the_decoder_reads_the_cls_tokens() -> None:
+    adapter = build("decoder")
+    prototypes, cls, present = random_sets()
+    difference = adapter(prototypes, cls + 1, present) - adapter(prototypes, cls, present)
+    assert (difference.abs().amax(dim=1) > 1e-6).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_permuted_prototypes_give_permuted_outputs(kind: str) -> None:
+    adapter = build(kind)
+    prototypes, cls, present = random_sets()
+    order = torch.tensor([3, 0, 6, 1, 5, 2, 4])
+    torch.testing.assert_close(
+        adapter(prototypes[order], cls, present[order]), adapter(prototypes, cls, present)[order]
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_cls_tokens_are_an_unordered_set(kind: str) -> None:
+    adapter = build(kind)
+    prototypes, cls, present = random_sets()
+    torch.testing.assert_close(
+        adapter(prototypes, cls.flip(0), present), adapter(prototypes, cls, present)
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_prototype_at_all_stays_finite(kind: str) -> None:
+    adapter = build(kind)
+    _, cls, present = random_sets()
+    prototypes = torch.zeros(7, C, dtype=torch.float64, requires_grad=True)
+    out = adapter(prototypes, cls, torch.zeros_like(present))
+    out.sum().backward()
+    assert out.isfinite().all() and prototypes.grad.isfinite().all()
+    assert all(parameter.grad.isfinite().all() for parameter in adapter.parameters())
+
+
+@pytest.mark.parametrize("kind", ["decoder", "mlp"])
+def test_every_parameter_gets_a_gradient(kind: str) -> None:
+    adapter = build(kind)
+    prototypes, cls, present = random_sets()
+    adapter(prototypes, cls, present)[present].square().sum().backward()
+    for name, parameter in adapter.named_parameters():
+        moved = parameter.grad[C:] if name.endswith("key_value.bias") else parameter.grad
+        # softmax does not feel what is added to every key, so the keys' bias has no gradient
+        assert moved.abs().max() > 1e-6, name
+
+
+@pytest.mark.parametrize("kind", ["decoder", "mlp"])
+def test_gradcheck(kind: str) -> None:
+    adapter = build(kind)
+    prototypes, cls, present = random_sets(L=5, B=2)
+    prototypes.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: adapter(x, cls, present), prototypes)
+
+
+def test_heads_that_do_not_divide_the_channels() -> None:
+    with pytest.raises(ValueError, match="must divide the 8 channels, got 3"):
+        build_adapter("decoder", 8, heads=3)
+
+
+def test_unknown_kind() -> None:
+    with pytest.raises(ValueError, match="\"identity\", got 'transformer'"):
+        build_adapter("transformer", 8)
