@@ -155,6 +155,11 @@ class CLIPTeacher(nn.Module):
         config = self.config
         pixels = images.float() / 255 if images.dtype == torch.uint8 else images
         features = self.segmenter(pixels)  # (B, C, h, w)
+        if features.ndim != 4 or features.shape[1] != self.clip.embed_dim:
+            raise ValueError(
+                f"the student must give features (B, {self.clip.embed_dim}, h, w), got "
+                f"{tuple(features.shape)}; build it with channels=clip.embed_dim"
+            )
         cls, dense = self.encode(pixels)
         cosine = config.logits == "cosine"
         seen_text = self.seen_text.to(features.dtype)

@@ -200,7 +200,7 @@ def _check_seeding(dense: Tensor, scales: Sequence[int], seeding: str) -> None:
     side = min(dense.shape[2:])
     if seeding != "grid" and max(scales) > side:
         raise ValueError(
-            f'`scales` must not exceed the {side} tokens of the map\'s shorter side with '
+            f"`scales` must not exceed the {side} tokens of the map's shorter side with "
             f'"{seeding}" seeding, got {tuple(scales)}; drop the larger scales or use "grid"'
         )
 

@@ -157,7 +157,7 @@ class SegmentationMetrics:
             return
         self._check_unreduced()
         # NCCL moves GPU memory only; every other backend takes the matrix where it is.
-        total = self.matrix.cuda() if dist.get_backend() == "nccl" else self.matrix
+        total = self.matrix.to("cuda") if dist.get_backend() == "nccl" else self.matrix
         dist.all_reduce(total)
         self.matrix = total.cpu()
         self._reduced = True

@@ -319,6 +319,7 @@ def own_image_ids(labels: Tensor, num_seen: int, slots: int) -> Tensor:
 def resize_nearest(labels: Tensor, size: tuple[int, int]) -> Tensor:
     """Bring an integer map (B, H, W) to (h, w) by nearest sampling at the pixel centres."""
     H, W = labels.shape[1:]
-    rows = ((torch.arange(size[0], device=labels.device) + 0.5) * (H / size[0])).long()
-    columns = ((torch.arange(size[1], device=labels.device) + 0.5) * (W / size[1])).long()
+    # floor((i + 1/2) H / h) in integers: a centre on a border never depends on rounding
+    rows = (2 * torch.arange(size[0], device=labels.device) + 1) * H // (2 * size[0])
+    columns = (2 * torch.arange(size[1], device=labels.device) + 1) * W // (2 * size[1])
     return labels[:, rows[:, None], columns]

@@ -1,4 +1,4 @@
-"""Score a trained student: pAcc, mIoU of seen and unseen classes, and their hIoU.
+r"""Score a trained student: pAcc, mIoU of seen and unseen classes, and their hIoU.
 
     python examples/evaluate.py --checkpoint runs/miniworld --split test
     torchrun --standalone --nproc_per_node=8 examples/evaluate.py --checkpoint runs/paper \

@@ -1,4 +1,4 @@
-"""Segment photographs with a trained student and any words.
+r"""Segment photographs with a trained student and any words.
 
     python examples/predict.py --checkpoint runs/miniworld --image photo.jpg --output out
     python examples/predict.py --checkpoint runs/paper --clip ViT-B/16 --image photos/ \

@@ -21,6 +21,7 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +38,7 @@ from cliptteacher.data.miniworld import (
     caption_of,
     draw_scene,
     draw_single_class,
+    present_classes,
 )
 from cliptteacher.data.splits import SegmentationDataset
 from cliptteacher.training.run import MetricsLog, write_json
@@ -128,35 +130,60 @@ class FolderCaptions:
 Captions = MiniWorldCaptions | FolderCaptions
 
 
-def caption_batches(
-    captions: Captions, batch_size: int, seed: int
-) -> Iterator[tuple[Tensor, list[str]]]:
-    """Yield (B, 3, H, W) uint8 images with one caption each, endlessly."""
+class CaptionBatch(NamedTuple):
+    """Images, one caption each, and which caption is true of which image."""
+
+    images: Tensor  # (B, 3, H, W) uint8
+    texts: list[str]
+    true: Tensor  # (B, B) bool: caption j names only classes that image i shows
+
+
+def caption_batches(captions: Captions, batch_size: int, seed: int) -> Iterator[CaptionBatch]:
+    """Draw batches endlessly; a caption names all classes of its image, or some of them."""
     generator = Generator().manual_seed(seed)
+    num_classes = len(captions.class_names)
     while True:
         images: list[Tensor] = []
         texts: list[str] = []
+        shown = torch.zeros(batch_size, num_classes)
+        named = torch.zeros(batch_size, num_classes)
         while len(images) < batch_size:
             image, labels = captions.sample(generator)
-            text = caption_of(labels, captions.class_names, generator)
-            if text is not None:
-                images.append(image)
-                texts.append(text)
-        yield torch.stack(images), texts
+            present = present_classes(labels, num_classes)
+            if not present:
+                continue
+            chosen = choose_mentioned(present, generator)
+            shown[len(images), present] = 1
+            named[len(images), chosen] = 1
+            images.append(image)
+            texts.append(caption_of([captions.class_names[i] for i in chosen], generator))
+        yield CaptionBatch(torch.stack(images), texts, (1 - shown) @ named.T == 0)
 
 
-def contrastive_loss(image: Tensor, text: Tensor, scale: Tensor, ids: Tensor) -> Tensor:
-    """CLIP's symmetric InfoNCE; images with word for word the same caption share their positives.
+def choose_mentioned(present: list[int], generator: Generator) -> list[int]:
+    """Choose what a caption mentions: everything, or, as people do, a part of it."""
+    if torch.rand((), generator=generator) < 0.3:
+        return present
+    count = 1 + int(torch.randint(len(present), (), generator=generator))
+    order = torch.randperm(len(present), generator=generator)[:count].tolist()
+    return [present[i] for i in order]
+
+
+def contrastive_loss(image: Tensor, text: Tensor, scale: Tensor, true: Tensor) -> Tensor:
+    """CLIP's symmetric InfoNCE, in which every caption that is true of an image is a positive.
+
+    A small world has few captions: without this, most negatives of a batch would be false.
 
     Args:
         image, text: (B, C) unit rows.
         scale: scalar exp(logit_scale).
-        ids: (B, T) token ids, to find equal captions.
+        true: (B, B) bool, caption j is true of image i.
     """
     logits = scale * image @ text.T  # (B, B)
-    same = (ids[:, None] == ids[None]).all(-1).float()
-    targets = same / same.sum(1, keepdim=True)
-    return 0.5 * (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets))
+    positive = true.float()
+    to_text = positive / positive.sum(1, keepdim=True)
+    to_image = positive.T / positive.T.sum(1, keepdim=True)
+    return 0.5 * (F.cross_entropy(logits, to_text) + F.cross_entropy(logits.T, to_image))
 
 
 class CompactVocabulary:
@@ -167,7 +194,7 @@ class CompactVocabulary:
 
     def __init__(self, clip: CLIP, class_names: tuple[str, ...]) -> None:
         captions = [f"a photo of a {name}, {name} and {name}." for name in class_names]
-        self.used = tokenize([*captions, "a picture of", "an image with"]).unique()
+        self.used = tokenize([*captions, "a picture of"]).unique()
         self.full_size = clip.token_embedding.num_embeddings
         self.clip = clip
         rows = clip.token_embedding.weight[self.used.to(clip.token_embedding.weight.device)]
@@ -230,9 +257,10 @@ def train(
         rate = learning_rate(args.learning_rate, step, progress)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        images, texts = next(batches)
+        images, texts, true = next(batches)
         pixels = images.to(args.device).float().div(255)
-        loss_sum += train_step(clip, optimizer, pixels, vocabulary.encode(texts).to(args.device))
+        ids = vocabulary.encode(texts).to(args.device)
+        loss_sum += train_step(clip, optimizer, pixels, ids, true.to(args.device))
         step += 1
         if step % args.log_interval == 0:
             row = {"step": step, "loss": float(loss_sum) / args.log_interval, "lr": rate}
@@ -249,11 +277,13 @@ def learning_rate(peak: float, step: int, progress: float) -> float:
     return peak * min(1.0, (step + 1) / 300) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def train_step(clip: CLIP, optimizer: torch.optim.Optimizer, pixels: Tensor, ids: Tensor) -> Tensor:
+def train_step(
+    clip: CLIP, optimizer: torch.optim.Optimizer, pixels: Tensor, ids: Tensor, true: Tensor
+) -> Tensor:
     """Update the CLIP once; returns the loss, detached and still on the device."""
     image = F.normalize(clip.encode_image(pixels).cls, dim=1)
     text = F.normalize(clip.encode_text(ids), dim=1)
-    loss = contrastive_loss(image, text, clip.logit_scale.exp(), ids)
+    loss = contrastive_loss(image, text, clip.logit_scale.exp(), true)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     nn.utils.clip_grad_norm_(clip.parameters(), 1.0)

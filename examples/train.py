@@ -1,4 +1,4 @@
-"""Train a student with a frozen CLIP: the whole story, top to bottom.
+r"""Train a student with a frozen CLIP: the whole story, top to bottom.
 
     torchrun --standalone --nproc_per_node=2 examples/train.py             # miniworld, CPU, minutes
     torchrun --standalone --nproc_per_node=8 examples/train.py --recipe paper \
@@ -71,6 +71,8 @@ def main(argv: list[str] | None = None) -> None:
     process = start_process(config.device)
     try:
         train(recipe, config, method, process)
+    except FileNotFoundError as error:
+        raise SystemExit(f"error: {error}") from None
     finally:
         stop_process()
 
@@ -126,7 +128,8 @@ def train(
     wrapped = wrap(model, process).train()
     progress = Progress(config.iterations, start, log)
     for step, (images, labels) in enumerate(build_loader(seen_set, config, process, start), start):
-        set_learning_rate(optimizer, rate_factor(config, step))
+        schedule = (config.iterations, config.warmup, config.warmup_start, config.power)
+        set_learning_rate(optimizer, learning_rate_factor(step, *schedule))
         images = images.to(process.device, non_blocking=True)
         labels = labels.to(process.device, non_blocking=True)
         progress.add(train_step(wrapped, optimizer, images, labels, config))
@@ -168,9 +171,11 @@ def resume(
     model.plm.adapter.load_state_dict(training["adapter"])
     model.glm.bank.load_state_dict(training["bank"], process.device)
     optimizer.load_state_dict(training["optimizer"])
-    if len(training["rng"]) == process.world_size:
+    if len(training["rng"]) != process.world_size:
+        print("warning: another number of processes than before: dropout starts from new numbers")
+    else:
         torch.set_rng_state(training["rng"][process.rank])
-        if process.device.type == "cuda":
+        if process.device.type == "cuda" and training["cuda_rng"]:
             torch.cuda.set_rng_state(training["cuda_rng"][process.rank], process.device)
     if process.is_main:
         print(f"resumed from step {state['step']} in {output}")
@@ -190,17 +195,6 @@ def open_log(
     environment = describe_environment(process.world_size, process.device)
     write_json(environment, output / "environment.json")
     return MetricsLog(output / "metrics.jsonl", start)
-
-
-def rate_factor(config: TrainConfig, step: int) -> float:
-    """The schedule of this run; a short run warms up for at most half of it."""
-    return learning_rate_factor(
-        step,
-        config.iterations,
-        warmup=min(config.warmup, config.iterations // 2),
-        warmup_start=config.warmup_start,
-        power=config.power,
-    )
 
 
 def print_plan(
@@ -268,6 +262,9 @@ def build_loader(
         num_workers=config.workers,
         pin_memory=process.device.type == "cuda",
         persistent_workers=config.workers > 0,
+        # The loader draws a seed when it starts; drawn from the global generator it would shift
+        # the dropout of a resumed run.
+        generator=torch.Generator(),
     )
 
 

@@ -35,7 +35,9 @@ def loop_pool(features: Tensor, cls: Tensor, pooling: str) -> Tensor:
         if pooling == "mean":
             rows.append(torch.stack(positions).sum(0) / len(positions))
         elif pooling == "max":
-            rows.append(torch.stack([torch.stack([p[c] for p in positions]).max() for c in range(C)]))
+            rows.append(
+                torch.stack([torch.stack([p[c] for p in positions]).max() for c in range(C)])
+            )
         else:
             unit = token / token.norm()
             exponents = [((unit * p).sum() / math.sqrt(C)).exp() for p in positions]
@@ -145,9 +147,7 @@ def test_varying_batch_sizes_equal_the_loop() -> None:
         features, cls = random_step(seed, B=B)
         history.append(cls)
         expected = loop_info_nce(loop_pool(features, cls, "mean"), cls, others(history, 3))
-        torch.testing.assert_close(
-            module(features, cls).double(), expected, rtol=1e-5, atol=1e-6
-        )
+        torch.testing.assert_close(module(features, cls).double(), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("size", [0, 1])
@@ -267,7 +267,7 @@ def test_shapes_that_do_not_fit() -> None:
 
 
 def test_unknown_pooling() -> None:
-    with pytest.raises(ValueError, match="\"mean\" or \"max\", got 'median'"):
+    with pytest.raises(ValueError, match='"mean" or "max", got \'median\''):
         pool_features(torch.zeros(1, 2, 3, 3), torch.zeros(1, 2), "median")
 
 

@@ -31,10 +31,11 @@ CLASS_NAMES = STUFF + THINGS
 UNSEEN_NAMES = ("water", "brick", "star", "moon", "heart")
 IGNORE_INDEX = 255
 SPLIT_SIZES = {"train": 2048, "val": 192, "test": 256, "pretrain": 1 << 30}
-_SPLIT_SEEDS = {name: 1 + i for i, name in enumerate(SPLIT_SIZES)}
+# First seed of each split. PyTorch's CPU generator reads the low 32 bits of a seed and no more.
+_FIRST_SEEDS = {"pretrain": 0, "train": 1 << 30, "val": 2 << 30, "test": 3 << 30}
 _THING_HUES = (0.00, 0.08, 0.14, 0.90, 0.30, 0.58, 0.96, 0.46, 0.70, 0.82)  # typical, per thing
 _MIN_CAPTION_SHARE = 0.02  # a class below this share of the pixels is not mentioned
-_CAPTION_TEMPLATES = ("a photo of {}.", "a picture of {}.", "{}.", "an image with {}.")
+_CAPTION_TEMPLATES = ("a photo of a {}.", "a photo of {}.", "a picture of {}.", "{}.")
 
 
 class MiniWorld:
@@ -44,7 +45,7 @@ class MiniWorld:
         split: "train", "val", "test" (fixed lengths, disjoint seeds) or "pretrain" (endless).
         size: side of the square images in pixels; things keep their size in pixels.
         length: number of scenes; default that of the split.
-        cache: keep drawn scenes in memory as uint8.
+        cache: keep drawn scenes in memory; they are shared, so do not write into them.
 
     Raises:
         ValueError: the split is unknown.
@@ -72,7 +73,7 @@ class MiniWorld:
             raise IndexError(f"miniworld {self.split} has {self.length} scenes, got index {index}")
         if self._cache is not None and index in self._cache:
             return self._cache[index]
-        generator = Generator().manual_seed((_SPLIT_SEEDS[self.split] << 40) + index)
+        generator = Generator().manual_seed(_FIRST_SEEDS[self.split] + index)
         scene = draw_scene(generator, self.size)
         if self._cache is not None:
             self._cache[index] = scene
@@ -133,25 +134,28 @@ def compose_scene(
     return image.clamp(0, 1).mul(255).round().to(torch.uint8), labels
 
 
-def caption_of(labels: Tensor, class_names: Sequence[str], generator: Generator) -> str | None:
-    """Name the labelled classes of an image, in random order.
+def present_classes(labels: Tensor, num_classes: int) -> list[int]:
+    """List the classes that hold at least 2% of the pixels.
 
     Args:
-        labels: (H, W) integer map in the index space of ``class_names``, 255 unlabelled.
-        class_names: names in index order.
-        generator: chooses the order and the template.
-
-    Returns:
-        A sentence such as "a photo of sand, star and ring.", or None where no class holds at least
-        2% of the pixels.
+        labels: (H, W) integer map, 255 unlabelled.
+        num_classes: label values that count.
     """
-    counts = torch.bincount(labels.flatten().long(), minlength=256)[: len(class_names)]
-    present = (counts >= _MIN_CAPTION_SHARE * labels.numel()).nonzero().flatten()
-    if not len(present):
-        return None
-    order = torch.randperm(len(present), generator=generator)
-    names = [class_names[i] for i in present[order].tolist()]
-    listed = " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+    counts = torch.bincount(labels.flatten().long(), minlength=256)[:num_classes]
+    present = counts >= _MIN_CAPTION_SHARE * labels.numel()
+    return [index for index, is_present in enumerate(present.tolist()) if is_present]
+
+
+def caption_of(names: Sequence[str], generator: Generator) -> str:
+    """Write a caption that names classes in random order, "a photo of sand, star and ring.".
+
+    Args:
+        names: at least one class name.
+        generator: chooses the order and the template.
+    """
+    order = torch.randperm(len(names), generator=generator).tolist()
+    *first, last = [names[i] for i in order]
+    listed = " and ".join(filter(None, (", ".join(first), last)))
     template = _CAPTION_TEMPLATES[_integer(generator, len(_CAPTION_TEMPLATES))]
     return template.format(listed)
 
@@ -314,14 +318,10 @@ def _tile(generator: Generator, size: int) -> Tensor:
     return _blend(dark, bright, checks)
 
 
-_Texture = Callable[[Generator, int], Tensor]
-_TEXTURES: tuple[_Texture, ...] = (
+_TEXTURES: tuple[Callable[[Generator, int], Tensor], ...] = (
     *(_grass, _sand, _water, _brick, _wood),
     *(_snow, _lava, _cloud, _stone, _tile),
 )
-
-
-# --- things -----------------------------------------------------------------------------------
 
 
 def _thing_cover(generator: Generator, size: int, thing: int) -> Tensor:
@@ -394,8 +394,7 @@ def _flower(u: Tensor, v: Tensor) -> Tensor:
     return 0.7 * (torch.hypot(u, v) - (0.75 + 0.27 * torch.cos(6 * torch.atan2(u, v))))
 
 
-_Shape = Callable[[Tensor, Tensor], Tensor]
-_SHAPES: tuple[_Shape, ...] = (
+_SHAPES: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (
     *(_disc, _ring, _star, _cross, _triangle),
     *(_moon, _heart, _arrow, _square, _flower),
 )

@@ -67,8 +67,11 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(f"{path} must be a checkpoint of cliptteacher, but {error}") from error
+    except Exception as error:  # torch's own message advises to run the code inside the file
+        raise ValueError(
+            f"{path} must be a checkpoint of cliptteacher, but it holds more than tensors and "
+            f"plain values or is damaged ({type(error).__name__}); take one that train.py wrote"
+        ) from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"{path} must be a checkpoint of cliptteacher; it has another format")
     return content

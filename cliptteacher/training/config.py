@@ -121,6 +121,7 @@ def parse_arguments(
     Returns:
         The namespace of the parser's own arguments, and the fields named on the command line only.
     """
+    parser.allow_abbrev = False  # a flag cut short is a mistyped one
     names: list[str] = []
     for cls in classes:
         group = parser.add_argument_group(cls.__name__)
@@ -200,10 +201,11 @@ def _check_value(name: str, value: Any, hint: Any) -> Any:
         raise ValueError(f"`{name}` must be one of {', '.join(get_args(kind))}, got {value!r}")
     if get_origin(kind) is tuple:
         args = get_args(kind)
-        size_fits = args[-1] is Ellipsis or len(args) == len(value)
-        if isinstance(value, (list, tuple)) and size_fits:
+        count = None if args[-1] is Ellipsis else len(args)
+        if isinstance(value, (list, tuple)) and count in (None, len(value)):
             return tuple(_check_value(name, item, args[0]) for item in value)
-        raise ValueError(f"`{name}` must be a list of {args[0].__name__}, got {value!r}")
+        items = args[0].__name__ if count is None else f"{count} {args[0].__name__}"
+        raise ValueError(f"`{name}` must be a list of {items}, got {value!r}")
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):

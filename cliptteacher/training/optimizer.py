@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
-_POSITIONS = ("pos_embed", "position", "relative_position_bias_table")
+_POSITION = re.compile(r"(^|[._])(pos_embed|position)")  # but no "decomposition"
 
 
 def parameter_groups(
@@ -29,7 +30,7 @@ def parameter_groups(
         learning_rate: of the backbone.
         weight_decay: of everything but norms and positional tables.
         head_multiplier: learning rate of the head over that of the backbone.
-        head_prefixes: module paths that count as head.
+        head_prefixes: paths of the modules that count as head.
 
     Returns:
         Up to four groups with ``params``, ``lr``, ``base_lr``, ``weight_decay``, ``name``.
@@ -38,8 +39,8 @@ def parameter_groups(
     for path, parameter, is_norm in _named_parameters(model):
         if not parameter.requires_grad:
             continue
-        head = path.startswith(head_prefixes)
-        decays = not is_norm and not any(word in path for word in _POSITIONS)
+        head = path.startswith(tuple(f"{prefix}." for prefix in head_prefixes))
+        decays = not is_norm and not _POSITION.search(path)
         groups.setdefault((head, decays), []).append(parameter)
     return [
         {
@@ -65,6 +66,9 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
 
 
 def _named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, bool]]:
+    known: set[nn.Parameter] = set()  # a tied parameter counts where it is met first
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            yield f"{path}.{name}" if path else name, parameter, isinstance(module, _NORMS)
+            if parameter not in known:
+                known.add(parameter)
+                yield f"{path}.{name}" if path else name, parameter, isinstance(module, _NORMS)

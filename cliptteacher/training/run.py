@@ -65,9 +65,9 @@ class MetricsLog:
     """``metrics.jsonl``: one JSON object a line, appended as it happens.
 
     Args:
-        path: the file. Lines from ``step`` on are dropped first, so that a resumed run does not
+        path: the file. Lines after ``step`` are dropped first, so that a resumed run does not
             tell the same iterations twice.
-        step: the iteration that the run starts with.
+        step: iterations already done when the run starts.
     """
 
     def __init__(self, path: str | Path, step: int = 0) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def learning_rate_factor(
-    step: int, iterations: int, *, warmup: int, warmup_start: float = 1e-6, power: float = 1.0
+    step: int, iterations: int, warmup: int, warmup_start: float = 1e-6, power: float = 1.0
 ) -> float:
     """Compute the factor on the base learning rate at one step, Section 4.2.
 
@@ -14,7 +14,7 @@ def learning_rate_factor(
     Args:
         step: iterations already done, 0 <= step < iterations.
         iterations: length of the run.
-        warmup: steps of the warm-up; a run that is shorter never leaves it.
+        warmup: steps of the warm-up; a run that is shorter never leaves it, so shorten it too.
         warmup_start: first factor.
         power: of the decay.
 

@@ -1,0 +1,256 @@
+"""Configuration: which value wins, what is refused, and what a file or a flag may look like."""
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from cliptteacher.framework import CLIPTeacherConfig
+from cliptteacher.training.config import (
+    TrainConfig,
+    config_as_dict,
+    parse_arguments,
+    read_json,
+    resolve_config,
+    unknown_key,
+)
+
+CLASSES = (TrainConfig, CLIPTeacherConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Toy:
+    count: int = 3
+    rate: float = 0.5
+    name: str | None = None
+    slots: int | None = None
+    mode: Literal["fast", "slow"] = "fast"
+    size: tuple[int, int] = (4, 2)
+    scales: tuple[int, ...] = (3, 7)
+    share: tuple[float, float] = (0.5, 2.0)
+    flip: bool = True
+
+
+def toy(*layers: dict[str, Any]) -> Toy:
+    (config,) = resolve_config((Toy,), layers)
+    return config
+
+
+def parse(*argv: str) -> dict[str, Any]:
+    _, given = parse_arguments(argparse.ArgumentParser(), (Toy,), argv)
+    return given
+
+
+def refuse(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        parse(*argv)
+    assert stopped.value.code == 2
+    return capsys.readouterr().err
+
+
+# --- precedence -------------------------------------------------------------------------------
+
+
+def test_nothing_given_is_the_defaults() -> None:
+    assert toy() == Toy()
+    assert resolve_config(CLASSES) == (TrainConfig(), CLIPTeacherConfig())
+
+
+def test_later_layers_win() -> None:
+    recipe, file, line = (
+        {"count": 1, "rate": 1.0, "mode": "slow"},
+        {"count": 2, "rate": 2.0},
+        {"count": 4},
+    )
+    config = toy(recipe, file, line)
+    assert (config.count, config.rate, config.mode) == (4, 2.0, "slow")
+
+
+def test_dashes_are_underscores() -> None:
+    config, method = resolve_config(CLASSES, ({"batch-size": 8}, {"bank-size": 3}))
+    assert config.batch_size == 8 and method.bank_size == 3
+
+
+def test_each_class_takes_its_own_fields() -> None:
+    config, method = resolve_config(CLASSES, ({"iterations": 5, "kmeans_iterations": 2},))
+    assert (config.iterations, method.kmeans_iterations) == (5, 2)
+
+
+def test_the_two_classes_share_no_field() -> None:
+    assert not set(config_as_dict(TrainConfig())) & set(config_as_dict(CLIPTeacherConfig()))
+
+
+# --- what is refused --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("batchsize", "batch_size"),
+        ("batch-sise", "batch_size"),
+        ("potential_scop", "potential_scope"),
+        ("fusion_treshold", "fusion_threshold"),
+        ("lerning-rate", "learning_rate"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest(key: str, nearest: str) -> None:
+    with pytest.raises(ValueError, match=f"unknown option '{key}'; did you mean '{nearest}'"):
+        resolve_config(CLASSES, ({key: 1},))
+
+
+def test_a_key_like_no_other_names_none() -> None:
+    assert unknown_key("xyzzy", ["count", "rate"]) == "unknown option 'xyzzy'"
+
+
+WRONG = [
+    ({"count": "3"}, "`count` must be int, got '3'"),
+    ({"count": 3.0}, "`count` must be int, got 3.0"),
+    ({"count": True}, "`count` must be int, got True"),
+    ({"count": None}, "`count` must be int, got None"),
+    ({"rate": "fast"}, "`rate` must be float, got 'fast'"),
+    ({"rate": True}, "`rate` must be float, got True"),
+    ({"name": 5}, "`name` must be str, got 5"),
+    ({"slots": 2.5}, "`slots` must be int, got 2.5"),
+    ({"flip": 1}, "`flip` must be bool, got 1"),
+    ({"flip": "no"}, "`flip` must be bool, got 'no'"),
+    ({"mode": "medium"}, "`mode` must be one of fast, slow, got 'medium'"),
+    ({"mode": ["fast"]}, r"`mode` must be one of fast, slow, got \['fast'\]"),
+    ({"size": 4}, "`size` must be a list of 2 int, got 4"),
+    ({"size": [4]}, r"`size` must be a list of 2 int, got \[4\]"),
+    ({"size": [4, 2, 1]}, r"`size` must be a list of 2 int, got \[4, 2, 1\]"),
+    ({"size": "42"}, "`size` must be a list of 2 int, got '42'"),
+    ({"size": [4, "2"]}, "`size` must be int, got '2'"),
+    ({"scales": 3}, "`scales` must be a list of int, got 3"),
+    ({"scales": [3.5]}, "`scales` must be int, got 3.5"),
+]
+
+
+@pytest.mark.parametrize(("layer", "message"), WRONG)
+def test_a_value_of_the_wrong_type(layer: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        toy(layer)
+
+
+@pytest.mark.parametrize(
+    "name", ["iterations", "batch_size", "crop", "log_interval", "keep_checkpoints"]
+)
+def test_counts_below_one(name: str) -> None:
+    with pytest.raises(ValueError, match=f"`{name}` must be at least 1, got 0"):
+        TrainConfig(**{name: 0})
+
+
+def test_a_folder_needs_a_root() -> None:
+    with pytest.raises(ValueError, match="`root` must name the folder"):
+        TrainConfig(data="folder")
+    assert TrainConfig(data="folder", root="photos").root == "photos"
+
+
+# --- what is accepted -------------------------------------------------------------------------
+
+
+def test_values_take_the_type_of_their_field() -> None:
+    config = toy({"rate": 2, "size": [8, 6], "scales": [1], "share": [1, 2], "name": "a"})
+    assert config == Toy(rate=2.0, size=(8, 6), scales=(1,), share=(1.0, 2.0), name="a")
+    assert isinstance(config.rate, float) and isinstance(config.share[0], float)
+
+
+def test_none_clears_an_optional_field() -> None:
+    config = toy({"slots": 5, "name": "a"}, {"slots": None, "name": None})
+    assert config.slots is None and config.name is None
+
+
+def test_a_round_trip_through_json() -> None:
+    config = TrainConfig(crop=64, ratio=(0.9, 1.1), root="photos", resume=True)
+    method = CLIPTeacherConfig(scales=(2,), potential_slots=7, ce="seen", adapter="mlp")
+    text = json.dumps(config_as_dict(config, method))
+    assert resolve_config(CLASSES, (json.loads(text),)) == (config, method)
+
+
+# --- files ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"crop": 64, "scales": [2, 5], "bank_size": 4},
+        {"train": {"crop": 64}, "method": {"scales": [2, 5], "bank_size": 4}},
+        {"crop": 64, "plm": {"scales": [2, 5]}, "glm": {"bank_size": 4}},
+    ],
+    ids=["flat", "nested", "mixed"],
+)
+def test_json_may_be_flat_or_nested(tmp_path: Path, content: dict[str, Any]) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(content))
+    flat = read_json(path)
+    assert flat == {"crop": 64, "scales": [2, 5], "bank_size": 4}
+    config, method = resolve_config(CLASSES, (flat,))
+    assert (config.crop, method.scales, method.bank_size) == (64, (2, 5), 4)
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.json does not exist; check --config"):
+        read_json(tmp_path / "nowhere.json")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("{crop: 64}", "must be JSON, but"), ("[1]", "JSON object, got list")]
+)
+def test_a_file_that_is_no_json_object(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_json(path)
+
+
+# --- flags ------------------------------------------------------------------------------------
+
+
+def test_only_what_was_given_comes_back() -> None:
+    assert parse() == {}
+    assert parse("--count", "3") == {"count": 3}  # the default, but given: it beats a file
+
+
+def test_flags_of_every_type() -> None:
+    given = parse(
+        *("--count", "5", "--rate", "1e-3", "--name", "x", "--slots", "4", "--mode", "slow"),
+        *("--size", "8", "6", "--scales", "1", "2", "3", "--share", "1", "2.5", "--no-flip"),
+    )
+    expected = Toy(
+        count=5, rate=1e-3, name="x", slots=4, mode="slow", size=(8, 6), scales=(1, 2, 3),
+        share=(1.0, 2.5), flip=False,
+    )  # fmt: skip
+    assert toy(given) == expected
+    assert parse("--flip") == {"flip": True}
+
+
+def test_own_arguments_stay_apart() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--recipe")
+    namespace, given = parse_arguments(parser, (Toy,), ["--recipe", "paper", "--count", "1"])
+    assert namespace.recipe == "paper" and given == {"count": 1}
+
+
+def test_every_field_of_the_programs_is_a_flag() -> None:
+    parser = argparse.ArgumentParser()
+    parse_arguments(parser, CLASSES, [])
+    text = parser.format_help()
+    for name in config_as_dict(TrainConfig(), CLIPTeacherConfig()):
+        assert f"--{name.replace('_', '-')}" in text
+
+
+def test_an_unknown_flag_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    message = refuse(capsys, "--cuont", "3")
+    assert "unknown option 'cuont'; did you mean 'count'?" in message
+    assert "did you mean 'count'" in refuse(capsys, "--cuont=3")
+
+
+def test_a_flag_cut_short_is_unknown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "unknown option 'coun'; did you mean 'count'?" in refuse(capsys, "--coun", "3")
+
+
+def test_flags_with_values_of_the_wrong_type(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "invalid int value: 'many'" in refuse(capsys, "--count", "many")
+    assert "invalid choice: 'medium'" in refuse(capsys, "--mode", "medium")

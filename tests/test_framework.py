@@ -1,0 +1,279 @@
+"""The whole training step: its terms, its frozen teacher, and every parameter it moves."""
+
+import copy
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from tiny import tiny_clip, tiny_student
+from torch import Tensor
+
+from cliptteacher.clip import class_text_features
+from cliptteacher.framework import CLIPTeacher, CLIPTeacherConfig, seen_cross_entropy
+from cliptteacher.glm import GlobalLearningModule
+from cliptteacher.losses import nel
+from cliptteacher.plm import resize_nearest
+
+NAMES = ("cat", "grass", "boat")
+TERMS = ("global", "ce", "focal", "dice", "generate")
+KEYS = (*TERMS, "total")
+SMALL = {"scales": (1, 2), "kmeans_iterations": 2, "adapter_heads": 2}
+
+
+def build(**options: Any) -> CLIPTeacher:
+    teacher, student = tiny_clip(), tiny_student()
+    torch.manual_seed(2)
+    return CLIPTeacher(teacher, student, NAMES, CLIPTeacherConfig(**{**SMALL, **options}))
+
+
+def batch(B: int = 2, seed: int = 0) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    images = torch.randint(256, (B, 3, 32, 32), generator=g, dtype=torch.uint8)
+    labels = torch.randint(len(NAMES), (B, 32, 32), generator=g).to(torch.uint8)
+    labels[:, :16, 8:] = 255
+    return images, labels
+
+
+def test_the_dictionary_and_its_total() -> None:
+    losses = build()(*batch())
+    assert tuple(losses) == KEYS
+    assert all(value.ndim == 0 and value.isfinite() and value > 0 for value in losses.values())
+    assert losses["total"].item() == pytest.approx(sum(losses[t].item() for t in TERMS), rel=1e-6)
+
+
+def test_every_term_is_what_its_room_computes() -> None:
+    images, labels = batch()
+    model = build()
+    losses = model(images, labels)
+    pixels = images.float() / 255
+    features = model.segmenter(pixels)
+    teacher = tiny_clip().eval().encode_image(pixels)
+    text = class_text_features(tiny_clip(), NAMES)
+    seen_logits = torch.einsum("bchw,kc->bkhw", features, text)
+    near = resize_nearest(labels, (8, 8))
+    pixel = model.plm(features, seen_logits, teacher.dense, teacher.cls, labels, text)
+    terms = nel(seen_logits, near)
+    torch.testing.assert_close(losses["global"], GlobalLearningModule()(features, teacher.cls))
+    torch.testing.assert_close(losses["ce"], pixel.ce)
+    torch.testing.assert_close(losses["generate"], pixel.generate)
+    torch.testing.assert_close(losses["focal"], terms.focal)
+    torch.testing.assert_close(losses["dice"], terms.dice)
+
+
+@pytest.mark.parametrize("term", TERMS)
+def test_weights_scale_a_term_and_zero_switches_it_off(term: str) -> None:
+    name = f"{term}_weight"
+    default = getattr(CLIPTeacherConfig(), name)
+    full = build()(*batch())
+    doubled = build(**{name: 2 * default})(*batch())
+    off = build(**{name: 0.0})(*batch())
+    assert doubled[term].item() == pytest.approx(2 * full[term].item(), rel=1e-6)
+    assert off[term].item() == 0
+    for other in set(TERMS) - {term}:
+        torch.testing.assert_close(off[other], full[other])
+        torch.testing.assert_close(doubled[other], full[other])
+
+
+def test_uint8_and_float_images_are_the_same() -> None:
+    images, labels = batch()
+    first, second = build()(images, labels), build()(images.float() / 255, labels)
+    assert all(torch.equal(first[key], second[key]) for key in KEYS)
+
+
+def test_label_types_do_not_matter() -> None:
+    images, labels = batch()
+    first, second = build()(images, labels), build()(images, labels.long())
+    assert all(torch.equal(first[key], second[key]) for key in KEYS)
+
+
+def test_the_teacher_is_no_part_of_the_module() -> None:
+    model = build()
+    teacher = {id(p) for p in model.clip.parameters()} | {id(b) for b in model.clip.buffers()}
+    assert not teacher & {id(p) for p in model.parameters()}
+    assert not teacher & {id(b) for b in model.buffers()}
+    assert not {id(m) for m in model.clip.modules()} & {id(m) for m in model.modules()}
+    assert {name.split(".")[0] for name in model.state_dict()} == {"segmenter", "plm"}
+
+
+def test_the_teacher_stays_frozen_and_in_eval_mode() -> None:
+    model = build()
+    before = copy.deepcopy(model.clip.state_dict())
+    model.train()
+    assert model.segmenter.training and not any(m.training for m in model.clip.modules())
+    assert not any(p.requires_grad for p in model.clip.parameters())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(*batch())["total"].backward()
+    optimizer.step()
+    assert all(p.grad is None for p in model.clip.parameters())
+    after = model.clip.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_the_teacher_moves_with_the_module() -> None:
+    model = build().to(torch.float64)
+    moved = (*model.clip.parameters(), *model.clip.buffers(), *model.parameters())
+    assert {tensor.dtype for tensor in moved if tensor.is_floating_point()} == {torch.float64}
+    assert model.seen_text.dtype == torch.float64
+    cls, dense = model.encode(batch()[0].double() / 255)
+    assert cls.dtype == dense.dtype == torch.float64
+    model.to("meta")
+    assert {tensor.device.type for tensor in model.clip.parameters()} == {"meta"}
+
+
+def test_the_text_features_are_those_of_the_seen_names() -> None:
+    model = build(templates="ensemble")
+    expected = class_text_features(tiny_clip(), NAMES, "ensemble")
+    torch.testing.assert_close(model.seen_text, expected)
+    torch.testing.assert_close(model.seen_text.norm(dim=1), torch.ones(3))
+    assert not model.seen_text.requires_grad
+
+
+COMBINATIONS = list(
+    itertools.product(
+        ("all", "seen", "none"), (0.0, 1.0), (0.0, 1.0), ("decoder", "mlp", "identity")
+    )
+)
+
+
+@pytest.mark.parametrize(("ce", "ce_weight", "generate_weight", "adapter"), COMBINATIONS)
+def test_every_trainable_parameter_gets_a_gradient(
+    ce: str, ce_weight: float, generate_weight: float, adapter: str
+) -> None:
+    # DistributedDataParallel refuses a parameter that takes no part in the loss.
+    model = build(ce=ce, ce_weight=ce_weight, generate_weight=generate_weight, adapter=adapter)
+    model(*batch())["total"].backward()
+    missing = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert not missing
+    trained = bool(list(model.plm.adapter.parameters()))
+    used = generate_weight > 0 or (ce == "all" and ce_weight > 0)
+    assert trained == (adapter != "identity" and used)
+
+
+@pytest.mark.parametrize("fill", [0, 255])
+@pytest.mark.parametrize("ce", ["all", "seen", "none"])
+def test_extreme_labels_stay_finite_and_use_every_parameter(ce: str, fill: int) -> None:
+    images, labels = batch()
+    model = build(ce=ce)
+    losses = model(images, torch.full_like(labels, fill))
+    losses["total"].backward()
+    assert all(value.isfinite() for value in losses.values())
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+OPTIONS = [
+    {"tokens": "final"},
+    {"potential_scope": "image", "potential_slots": 3},
+    {"logits": "cosine", "logit_scale": 10.0, "pseudo_logits": "cosine", "pseudo_scale": 10.0},
+    {"detach_prototypes": True, "seen_competition": False},
+    {"generate_loss": "bce"},
+    {"glm_pooling": "max", "bank_size": 0},
+    {"seeding": "window"},
+    {"seeding": "sliding"},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o))
+def test_every_option_changes_the_loss_and_trains(options: dict[str, Any]) -> None:
+    model, default = build(**options), build()
+    for seed in range(2):  # the bank shows from the second step on
+        losses, usual = model(*batch(seed=seed)), default(*batch(seed=seed))
+    losses["total"].backward()
+    assert losses["total"].isfinite()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    if options == {"detach_prototypes": True, "seen_competition": False}:
+        assert losses["ce"] < usual["ce"]
+    else:
+        assert losses["total"] != usual["total"]
+
+
+def test_seen_cross_entropy_by_hand() -> None:
+    logits = torch.tensor([[0.0, 2.0, 5.0], [0.0, 1.0, -5.0]]).view(1, 2, 1, 3)
+    labels = torch.tensor([[[0, 1, 255]]])
+    expected = (torch.tensor(2.0).log() + (1 + torch.tensor(1.0).exp()).log()) / 2
+    torch.testing.assert_close(seen_cross_entropy(logits, labels), expected)
+    assert seen_cross_entropy(logits, torch.full_like(labels, 255)) == 0
+
+
+def test_bfloat16_autocast_stays_close() -> None:
+    exact = build()(*batch())
+    model = build()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = model(*batch())
+    rounded["total"].backward()
+    for key in KEYS:
+        assert rounded[key].dtype == torch.float32
+        assert rounded[key].item() == pytest.approx(exact[key].item(), rel=0.05), key
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_twenty_steps_lower_the_loss() -> None:
+    model = build()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    totals = []
+    for _ in range(20):
+        losses = model(*batch())
+        optimizer.zero_grad()
+        losses["total"].backward()
+        optimizer.step()
+        totals.append({key: value.item() for key, value in losses.items()})
+    assert totals[-1]["total"] < 0.8 * totals[0]["total"]
+    assert totals[-1]["generate"] < totals[0]["generate"]
+
+
+def test_no_seen_name() -> None:
+    with pytest.raises(ValueError, match="at least one class, got none"):
+        CLIPTeacher(tiny_clip(), tiny_student(), [])
+
+
+def test_labels_that_do_not_fit_the_images() -> None:
+    images, labels = batch()
+    with pytest.raises(ValueError, match=r"must fit `images`.*got \(2, 16, 32\).*crop both alike"):
+        build()(images, labels[:, :16])
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_a_student_of_another_width(weight: float) -> None:
+    config = CLIPTeacherConfig(**SMALL, global_weight=weight)
+    model = CLIPTeacher(tiny_clip(), tiny_student(channels=10), NAMES, config)
+    with pytest.raises(ValueError, match=r"10.*channels=clip\.embed_dim"):
+        model(*batch())
+
+
+def test_heads_that_do_not_divide_the_width() -> None:
+    with pytest.raises(ValueError, match="must divide the 16 channels, got 5"):
+        build(adapter_heads=5)
+
+
+def rank_batch(rank: int) -> tuple[Tensor, Tensor]:
+    images, labels = batch(seed=10 + rank)
+    labels = torch.where(labels == 255, labels, 0 if rank == 0 else labels)  # 2 pairs against 6
+    return images, labels
+
+
+def lose_on_one_rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    losses = build()(*rank_batch(rank))
+    torch.save({key: value.detach() for key, value in losses.items()}, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_divide_by_the_mean_pair_count(tmp_path: Path) -> None:
+    mp.spawn(lose_on_one_rank, (str(tmp_path),), nprocs=2)
+    ranks = [torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in range(2)]
+    alone = [build()(*rank_batch(r)) for r in range(2)]
+    for rank, (pairs, losses) in enumerate(zip((2, 6), alone, strict=True)):
+        for term in ("focal", "dice"):  # 4 pairs a rank on average
+            torch.testing.assert_close(ranks[rank][term], (losses[term] * pairs / 4).detach())
+        for term in ("ce", "generate"):
+            torch.testing.assert_close(ranks[rank][term], losses[term].detach())
+    images = torch.cat([rank_batch(r)[0] for r in range(2)])
+    labels = torch.cat([rank_batch(r)[1] for r in range(2)])
+    joined = build()(images, labels)
+    for term in ("global", "focal", "dice"):  # these equal one process with the double batch
+        mean = (ranks[0][term] + ranks[1][term]) / 2
+        torch.testing.assert_close(mean, joined[term].detach())

@@ -1,0 +1,524 @@
+"""The programs end to end: as a user runs them, on tiny networks and six images of 64 pixels.
+
+The first run of each program is a process of its own; variations call its `main` in this process,
+where PyTorch is loaded already.
+"""
+
+import importlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cliptteacher.clip import CLIP, CLIPConfig, load_clip, save_clip, tokenize
+from cliptteacher.clip.prompts import SINGLE
+from cliptteacher.clip.tokenizer import load_tokenizer
+from cliptteacher.inference import load_segmenter
+from cliptteacher.training.checkpoint import load_checkpoint
+
+ROOT = Path(__file__).resolve().parents[1]
+NAMES, UNSEEN = ("grass", "sky", "brick", "water"), "water"
+COLOURS = np.array([(40, 160, 60), (120, 180, 250), (170, 70, 50), (20, 60, 160)])
+SCORES = ("pAcc", "mIoU(S)", "mIoU(U)", "hIoU")
+Program = Callable[..., str]
+
+
+def start(*command: str) -> str:
+    """Run a program of examples/ as a process; returns what it printed."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT / "examples",
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def program(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """Import a program of examples/ by name."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    return importlib.import_module
+
+
+@pytest.fixture(scope="module")
+def space(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a data set (data/), a CLIP of random weights (clip.pt), and no runs yet."""
+    space = tmp_path_factory.mktemp("programs")
+    write_dataset(space / "data", NAMES, UNSEEN)
+    torch.manual_seed(0)
+    save_clip(tiny_clip(), space / "clip.pt")
+    return space
+
+
+def tiny_clip() -> CLIP:
+    config = CLIPConfig(
+        embed_dim=32,
+        image_size=32,
+        patch_size=8,
+        vision_width=64,
+        vision_layers=1,
+        text_width=64,
+        text_layers=1,
+    )
+    return CLIP(config)
+
+
+def write_dataset(root: Path, names: tuple[str, ...], unseen: str) -> None:
+    """Six images of two or three noisy stripes, one class each; 4 to train, 2 to validate."""
+    generator = np.random.default_rng(0)
+    for folder in ("images", "labels"):
+        (root / folder).mkdir(parents=True)
+    for i in range(6):
+        label = np.repeat(generator.permutation(4)[:3], (20, 20, 24)).astype(np.uint8)
+        label = np.tile(label[:, None], (1, 64))
+        label[:2] = 255
+        noise = generator.integers(-20, 20, (64, 64, 3))
+        pixels = (COLOURS[np.where(label == 255, 0, label)] + noise).clip(0, 255)
+        Image.fromarray(pixels.astype(np.uint8)).save(root / "images" / f"scene{i}.png")
+        Image.fromarray(label).save(root / "labels" / f"scene{i}.png")
+    description = {"classes": list(names), "unseen": [unseen], "ignore_index": 255}
+    (root / "dataset.json").write_text(json.dumps(description))
+    (root / "train.txt").write_text("scene0\nscene1\nscene2\nscene3\n")
+    (root / "val.txt").write_text("scene4\nscene5\n")
+
+
+def training(space: Path, output: Path, *more: str) -> list[str]:
+    options = f"""--data folder --root {space / "data"} --clip {space / "clip.pt"}
+        --segmenter segformer_nano --iterations 4 --batch-size 2 --crop 64 --resize 64 64
+        --checkpoint-interval 2 --keep-checkpoints 10 --eval-interval 2 --log-interval 1
+        --warmup 1 --kmeans-iterations 2 --device cpu --seed 3 --output {output}"""
+    return [*options.split(), *more]
+
+
+@pytest.fixture(scope="module")
+def trained(space: Path) -> tuple[Path, str]:
+    """The directory of a run of four iterations, and what it printed."""
+    return space / "run", start("train.py", *training(space, space / "run"))
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def assert_same(first: Any, second: Any) -> None:
+    """Compare nested containers of tensors and values, bit for bit."""
+    assert type(first) is type(second)
+    if isinstance(first, torch.Tensor):
+        assert first.dtype == second.dtype and torch.equal(first, second)
+    elif isinstance(first, dict):
+        assert list(first) == list(second)
+        for key in first:
+            assert_same(first[key], second[key])
+    elif isinstance(first, (list, tuple)):
+        assert len(first) == len(second)
+        for one, other in zip(first, second, strict=True):
+            assert_same(one, other)
+    else:
+        assert first == second
+
+
+def four_scores(printed: str) -> dict[str, float | None]:
+    """Read the last two lines: the names of the four scores and their percentages."""
+    head, line = printed.rstrip("\n").split("\n")[-2:]
+    assert tuple(head.split()) == SCORES
+    return {
+        name: None if cell == "-" else float(cell)
+        for name, cell in zip(SCORES, line.split(), strict=True)
+    }
+
+
+def rounded(scores: dict[str, Any]) -> dict[str, float | None]:
+    return {name: None if scores[name] is None else float(f"{scores[name]:.1f}") for name in SCORES}
+
+
+# train.py
+
+
+def test_a_run_leaves_its_files(space: Path, trained: tuple[Path, str]) -> None:
+    run, printed = trained
+    config = json.loads((run / "config.json").read_text())
+    assert config["recipe"] == "folder" and config["iterations"] == 4 and config["seed"] == 3
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["torch"] == torch.__version__ and "train.py" in environment["command"]
+    files = sorted(file.name for file in (run / "checkpoints").iterdir())
+    assert files == ["last.pt", "step_00000002.pt", "step_00000004.pt"]
+    assert (run / "checkpoints" / "last.pt").samefile(run / "checkpoints" / "step_00000004.pt")
+    panels = sorted(file.name for file in (run / "panels").iterdir())
+    assert panels == ["val_00000002.png", "val_00000004.png"]
+    rows = read_lines(run / "metrics.jsonl")
+    losses = [row for row in rows if "total" in row]
+    assert [row["step"] for row in losses] == [1, 2, 3, 4]
+    for row in losses:
+        parts = ("global", "ce", "focal", "dice", "generate")
+        assert row["total"] == pytest.approx(sum(row[part] for part in parts), rel=1e-4)
+    scores = [row for row in rows if "pAcc" in row]
+    assert [row["step"] for row in scores] == [2, 4]
+    assert four_scores(printed) == rounded(scores[-1])
+
+
+def test_a_checkpoint_says_everything_needed_to_predict(trained: tuple[Path, str]) -> None:
+    content = load_checkpoint(trained[0])
+    assert content["class_names"] == list(NAMES) and content["unseen"] == [NAMES.index(UNSEEN)]
+    assert content["text_features"].shape == (4, 32) and content["step"] == 4
+    assert content["gamma"] == 1.5 and len(content["training"]["bank"]) == 4
+    assert not any("clip" in name or "visual" in name for name in content["segmenter"])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_four_iterations_equal_two_and_two_resumed(
+    space: Path,
+    trained: tuple[Path, str],
+    program: Callable[[str], ModuleType],
+    capsys: pytest.CaptureFixture[str],
+    workers: int,
+) -> None:
+    """The run that is resumed stopped behind step 2 of 4: it has that checkpoint and no later."""
+    run = space / f"resumed{workers}"
+    (run / "checkpoints").mkdir(parents=True)
+    for name in ("step_00000002.pt", "last.pt"):
+        shutil.copy(trained[0] / "checkpoints" / "step_00000002.pt", run / "checkpoints" / name)
+    shutil.copy(trained[0] / "metrics.jsonl", run)
+    options = training(space, run, "--resume", "--workers", str(workers))
+    torch.set_num_threads(1)  # as the first run; the order of sums depends on it
+    program("train").main(options)
+    assert "resumed from step 2" in capsys.readouterr().out
+    whole, resumed = load_checkpoint(trained[0]), load_checkpoint(run)
+    assert len(whole["training"]["bank"]) == 4
+    for part in ("segmenter", "text_features", "training"):
+        assert_same(whole[part], resumed[part])
+    told = ("step", "total", "pAcc")
+    first, second = (
+        [{key: row.get(key) for key in told} for row in read_lines(folder / "metrics.jsonl")]
+        for folder in (trained[0], run)
+    )
+    assert first == second
+
+
+@pytest.mark.slow
+def test_two_processes(space: Path) -> None:
+    """Two gloo processes share a batch; evaluation by two gives the scores of one."""
+    run = space / "two"
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    printed = start(*torchrun, "train.py", *training(space, run))
+    assert "2 processes on cpu" in printed
+    content = load_checkpoint(run)
+    assert len(content["training"]["rng"]) == 2
+    assert [tuple(batch.shape) for batch in content["training"]["bank"]] == [(2, 32)] * 4
+    again = start(*torchrun, "evaluate.py", "--checkpoint", str(run))
+    assert four_scores(again) == four_scores(printed)
+
+
+def test_a_dry_run_writes_nothing(
+    space: Path, program: Callable[[str], ModuleType], capsys: pytest.CaptureFixture[str]
+) -> None:
+    program("train").main(training(space, space / "dry", "--dry-run"))
+    printed = capsys.readouterr().out
+    assert "4 images, 3 classes with labels, 1 without" in printed
+    assert "M parameters" in printed and not (space / "dry").exists()
+
+
+def test_a_used_output_is_refused(
+    space: Path, trained: tuple[Path, str], program: Callable[[str], ModuleType]
+) -> None:
+    with pytest.raises(SystemExit, match="already holds a run; add --resume or choose another"):
+        program("train").main(training(space, trained[0]))
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (("--iteration-s", "4"), "did you mean 'iterations'?"),
+        (("--segmentor", "x"), "did you mean 'segmenter'?"),
+        (("--batch-size", "0"), "`batch_size` must be at least 1, got 0"),
+        (("--config", "missing.json"), "missing.json does not exist; check --config"),
+    ],
+)
+def test_mistyped_options(
+    program: Callable[[str], ModuleType],
+    capsys: pytest.CaptureFixture[str],
+    option: tuple[str, str],
+    message: str,
+) -> None:
+    with pytest.raises(SystemExit):
+        program("train").main([*option])
+    assert message in capsys.readouterr().err
+
+
+# evaluate.py
+
+
+def test_evaluate_needs_no_clip_for_the_words_of_training(
+    space: Path, trained: tuple[Path, str]
+) -> None:
+    """The scores are those of the end of training; files hold what was predicted."""
+    run, printed = trained
+    folder, file = space / "predictions", space / "scores.json"
+    options = f"--checkpoint {run} --clip nowhere --save-dir {folder} --json {file} --batch-size 2"
+    again = start("evaluate.py", *options.split())
+    assert f"unseen in training, with a bonus of 1.5: {UNSEEN}" in again
+    assert four_scores(again) == four_scores(printed)
+    summary = json.loads(file.read_text())
+    assert rounded(summary["scores"]) == four_scores(again)
+    assert set(summary["scores"]["IoU"]) == set(NAMES)
+    told = {key: summary[key] for key in ("step", "data", "split", "gamma", "mode", "unseen")}
+    assert told == {
+        "step": 4,
+        "data": "folder",
+        "split": "val",
+        "gamma": 1.5,
+        "mode": "whole",
+        "unseen": [UNSEEN],
+    }
+    written = sorted(path.name for path in folder.iterdir())
+    assert written == [f"scene{i}{end}" for i in (4, 5) for end in (".png", "_overlay.png")]
+    right = labelled = 0
+    for name in ("scene4", "scene5"):
+        label = np.array(Image.open(space / "data" / "labels" / f"{name}.png"))
+        guess = np.array(Image.open(folder / f"{name}.png"))
+        right += ((guess == label) & (label != 255)).sum()
+        labelled += (label != 255).sum()
+    assert summary["scores"]["pAcc"] == pytest.approx(100 * right / labelled)
+
+
+def test_evaluate_reads_new_names_with_the_clip(
+    space: Path,
+    trained: tuple[Path, str],
+    program: Callable[[str], ModuleType],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Another data set, whose own list of unseen classes is not what training left out."""
+    root = space / "other"
+    write_dataset(root, ("sky", "lawn", "Brick", "sea"), unseen="sky")
+    options = f"--checkpoint {trained[0]} --root {root} --mode slide --window 48 --gamma 50"
+    program("evaluate").main([*options.split(), "--resize", "64", "64"])
+    printed = capsys.readouterr().out
+    assert "unseen in training, with a bonus of 50: lawn, sea" in printed
+    assert four_scores(printed)["mIoU(S)"] == 0  # nobody competes with that bonus
+
+
+@pytest.mark.parametrize("name", ["evaluate", "predict"])
+def test_a_missing_checkpoint(space: Path, name: str, program: Callable[[str], ModuleType]) -> None:
+    more = f"--image {space / 'data' / 'images'} --output {space / 'none'}".split()
+    options = ["--checkpoint", str(space / "nothing"), *(more if name == "predict" else [])]
+    with pytest.raises(
+        SystemExit, match=r"the checkpoint .*nothing does not exist; examples/train"
+    ):
+        program(name).main(options)
+
+
+def test_a_missing_or_foreign_clip_is_named(
+    space: Path, trained: tuple[Path, str], program: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
+    options = f"--checkpoint {trained[0]} --output {tmp_path} --image {space / 'data/images'}"
+    ask = [*options.split(), "--classes", "sky, lawn", "--clip"]
+    with pytest.raises(SystemExit, match=r"need its teacher, but .*lost.pt.* with --clip"):
+        program("predict").main([*ask, str(tmp_path / "lost.pt")])
+    wide = CLIPConfig(
+        embed_dim=48, image_size=16, patch_size=8, vision_width=64, vision_layers=1,
+        text_width=64, text_layers=1,
+    )  # fmt: skip
+    save_clip(CLIP(wide), tmp_path / "wide.pt")
+    with pytest.raises(SystemExit, match="taught the student, with 32 channels, got 48"):
+        program("predict").main([*ask, str(tmp_path / "wide.pt")])
+
+
+# predict.py
+
+
+def test_predict_without_words_takes_those_of_training(
+    space: Path, trained: tuple[Path, str]
+) -> None:
+    image, output = space / "data" / "images" / "scene4.png", space / "out"
+    options = f"--checkpoint {trained[0]} --image {image} --clip nowhere --output {output}"
+    printed = start("predict.py", *options.split())
+    assert f"with a bonus of 1.5: {UNSEEN}" in printed
+    indices = np.array(Image.open(output / "scene4_index.png"))
+    assert indices.shape == (64, 64) and indices.dtype == np.uint8
+    expected = load_segmenter(trained[0]).predictor()(
+        torch.from_numpy(np.array(Image.open(image))).permute(2, 0, 1)
+    )
+    assert np.array_equal(indices, expected.numpy())
+    line = next(line for line in printed.splitlines() if line.startswith("scene4: "))
+    for k in np.unique(indices):
+        assert f"{NAMES[k]} {100 * (indices == k).mean():.1f}%" in line
+    assert str(output / "scene4_overlay.png") in line
+    assert Image.open(output / "scene4_overlay.png").width >= 256  # small images are enlarged
+
+
+def test_predict_any_words_on_any_images(
+    space: Path,
+    trained: tuple[Path, str],
+    program: Callable[[str], ModuleType],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    """New words; a turned photo, RGBA, grey, palette, two of one name, two files that are none."""
+    photos, output = tmp_path / "photos", tmp_path / "out"
+    photos.mkdir()
+    picture = Image.open(space / "data" / "images" / "scene4.png").resize((80, 48))
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    picture.save(photos / "turned.jpg", exif=turned)
+    picture.convert("RGBA").save(photos / "rgba.png")
+    picture.convert("L").save(photos / "grey.png")
+    picture.convert("P").save(photos / "palette.gif")
+    picture.save(photos / "grey.BMP")
+    (photos / "cut.jpg").write_bytes((photos / "turned.jpg").read_bytes()[:700])
+    (photos / "text.png").write_text("not a picture")
+    (photos / "notes.txt").write_text("not even by name")
+    options = f"--checkpoint {trained[0]} --image {photos} --output {output} --resize 40 40"
+    with pytest.raises(SystemExit) as stop:
+        program("predict").main([*options.split(), "--classes", " sky, Grass,wild  water, tower"])
+    assert stop.value.code == 1
+    printed = capsys.readouterr()
+    assert "with a bonus of 1.5: wild water, tower" in printed.out
+    assert len(printed.err.splitlines()) == 2
+    for name in ("cut.jpg", "text.png"):
+        assert f"{photos / name} must be a readable image, but " in printed.err
+    sizes = {path.name: Image.open(path).size for path in output.glob("*_index.png")}
+    assert sizes == {
+        "turned_index.png": (48, 80),
+        "rgba_index.png": (80, 48),
+        "grey.png_index.png": (80, 48),
+        "grey.BMP_index.png": (80, 48),
+        "palette_index.png": (80, 48),
+    }
+    assert all(np.array(Image.open(path)).max() < 4 for path in output.glob("*_index.png"))
+    assert len(list(output.glob("*_overlay.png"))) == 5
+
+
+def test_known_words_and_the_clip_agree(
+    trained: tuple[Path, str], program: Callable[[str], ModuleType]
+) -> None:
+    """A word has the same features from the checkpoint as from the CLIP; order is the caller's."""
+    words, student = program("words"), load_segmenter(trained[0])
+    stored, unread = words.with_words(student, ["Water", "sky"], clip="nowhere")
+    assert unread == [] and stored.unseen == (0,) and stored.class_names == ("Water", "sky")
+    assert torch.equal(stored.text_features, student.text_features[[3, 1]])
+    read, _ = words.with_words(student, ["Water", "sky", "a tower"])
+    assert read.unseen == (0, 2)
+    torch.testing.assert_close(read.text_features[:2], stored.text_features)
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        (" , ", "--classes must hold 1 to 255 different words, got 0"),
+        ("cat, dog, cat", "different words, got cat twice"),
+    ],
+)
+def test_words_are_checked(
+    space: Path,
+    trained: tuple[Path, str],
+    program: Callable[[str], ModuleType],
+    classes: str,
+    message: str,
+) -> None:
+    options = f"--checkpoint {trained[0]} --image {space / 'data/images'} --output {space / 'no'}"
+    with pytest.raises(SystemExit, match=message):
+        program("predict").main([*options.split(), "--classes", classes])
+
+
+@pytest.mark.parametrize(
+    ("image", "output", "message"),
+    [
+        ("missing.jpg", "out", r"the image .*missing.jpg does not exist; check --image"),
+        ("empty", "out", r"empty must hold an image \(.jpg, .*, got none"),
+        ("empty", "empty", "--output must not be the directory of the images"),
+    ],
+)
+def test_images_are_checked(
+    trained: tuple[Path, str],
+    program: Callable[[str], ModuleType],
+    tmp_path: Path,
+    image: str,
+    output: str,
+    message: str,
+) -> None:
+    (tmp_path / "empty").mkdir()
+    options = f"--checkpoint {trained[0]} --image {tmp_path / image} --output {tmp_path / output}"
+    with pytest.raises(SystemExit, match=message):
+        program("predict").main(options.split())
+
+
+# pretrain_clip.py
+
+
+@pytest.fixture(scope="module")
+def pretrained(space: Path) -> tuple[Path, str]:
+    options = f"""--data folder --root {space / "data"} --output {space / "pretrained"}
+        --iterations 3 --batch-size 16 --image-size 32 --embed-dim 32 --vision-width 64
+        --vision-layers 1 --text-width 64 --text-layers 1 --log-interval 2 --device cpu"""
+    return space / "pretrained", start("pretrain_clip.py", *options.split())
+
+
+def test_pretraining_writes_a_clip_that_loads(pretrained: tuple[Path, str]) -> None:
+    folder, printed = pretrained
+    clip = load_clip(str(folder / "clip.pt"))
+    assert (clip.embed_dim, clip.patch_size, clip.config.image_size) == (32, 8, 32)
+    assert clip.encode_image(torch.rand(1, 3, 32, 40)).dense.shape == (1, 32, 4, 5)
+    extra = torch.load(folder / "clip.pt", weights_only=True)["extra"]
+    assert extra["iterations"] == 3 and extra["seed"] == 0
+    rows = read_lines(folder / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [2, 3] and 0 <= rows[1]["dense_accuracy_val"] <= 1
+    assert json.loads((folder / "config.json").read_text())["iterations"] == 3
+    assert printed.rstrip().endswith("min") and "dense_accuracy_val: " in printed
+
+
+def test_only_words_of_captions_have_rows(pretrained: tuple[Path, str]) -> None:
+    """Every word of the single template and of the classes was trained; all others are zero."""
+    rows = load_clip(str(pretrained[0] / "clip.pt")).token_embedding.weight.any(dim=1)
+    prompts = [SINGLE[0].replace("{}", name) for name in NAMES]
+    used = tokenize(prompts).unique()
+    assert bool(rows[used[used != 0]].all())  # 0 is padding, never looked at
+    captions = [f"a photo of {name}, {name} and a {name}." for name in NAMES]
+    allowed = tokenize([*captions, "a picture of", "an image with"]).unique()
+    assert set(rows.nonzero().flatten().tolist()) <= set(allowed.tolist())
+    assert not bool(rows[load_tokenizer().encode("small scene")].any())
+
+
+def test_words_that_the_clip_never_read_are_named(
+    space: Path,
+    trained: tuple[Path, str],
+    pretrained: tuple[Path, str],
+    program: Callable[[str], ModuleType],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    image = space / "data" / "images" / "scene4.png"
+    options = f"--checkpoint {trained[0]} --image {image} --output {tmp_path} --clip"
+    classes = ["--classes", "sky, zebra, brick sky"]
+    program("predict").main([*options.split(), str(pretrained[0] / "clip.pt"), *classes])
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 1 and "warning: the CLIP never read the word 'zebra'" in errors[0]
+
+
+def test_pretraining_says_what_is_missing(
+    program: Callable[[str], ModuleType],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(SystemExit):
+        program("pretrain_clip").main(["--data", "folder", "--output", str(tmp_path)])
+    assert "--data folder needs --root" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match=r"dataset.json must describe the data set"):
+        program("pretrain_clip").main(
+            ["--data", "folder", "--root", str(tmp_path), "--output", str(tmp_path / "out")]
+        )
+    assert not (tmp_path / "out").exists()
