@@ -237,11 +237,12 @@ def load_segmenter(path: str | Path, segmenter: nn.Module | None = None) -> Trai
         segmenter = build_segmenter(name, channels=content["channels"])
     try:
         segmenter.load_state_dict(weights)
-    except RuntimeError as error:
+    except RuntimeError as error:  # torch lists every tensor; the first says enough
+        difference = str(error).splitlines()[1].strip()[:200]
         raise ValueError(
-            f"the weights in {path} must fit the segmenter {name!r}, but {error}; "
+            f"the weights in {path} must fit the segmenter {name!r}, but {difference}; "
             "pass the network they were trained in as `segmenter`"
-        ) from error
+        ) from None
     content.pop("training", None)  # optimiser and bank: several times the weights
     return TrainedSegmenter(
         segmenter=segmenter.eval(),

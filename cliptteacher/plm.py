@@ -100,10 +100,11 @@ def class_prototypes(features: Tensor, labels: Tensor, num_labels: int) -> tuple
         num_labels: L.
 
     Returns:
-        prototypes (L, C) float32, zero for absent labels; present (L,) bool.
+        prototypes (L, C), at least float32, zero for absent labels; present (L,) bool.
     """
     B, C, h, w = features.shape
-    rows = features.permute(0, 2, 3, 1).reshape(B * h * w, C).float()
+    rows = features.permute(0, 2, 3, 1).reshape(B * h * w, C)
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
     bins = torch.where(labels < 0, num_labels, labels).flatten()  # the last bin is thrown away
     sums = rows.new_zeros(num_labels + 1, C).index_add(0, bins, rows)[:num_labels]
     ones = rows.new_ones(B * h * w)
@@ -132,10 +133,10 @@ def generate_loss(
     Deviation: Eq. (8) sums; the text calls the loss an MSE, so it is averaged over the classes.
     """
     if kind == "mse":
-        per_class = (generated.float() - text.float()).square().sum(dim=1)
+        per_class = (generated - text).square().sum(dim=1)
     else:
-        scores = generated.float() @ text.float().T
-        identity = torch.eye(len(text), device=text.device)
+        scores = generated @ text.T
+        identity = torch.eye(len(text), device=text.device, dtype=scores.dtype)
         per_class = F.binary_cross_entropy_with_logits(scores, identity, reduction="none").mean(1)
     return (per_class * present).sum() / present.sum().clamp(min=1)
 
@@ -188,7 +189,8 @@ def pixel_cross_entropy(
     if not seen_competition:
         is_seen = ((labels >= 0) & (labels < num_seen))[:, None]
         potential_logits = potential_logits.masked_fill(is_seen, _ABSENT)
-    logits = torch.cat((seen_logits, potential_logits), dim=1).float()
+    logits = torch.cat((seen_logits, potential_logits), dim=1)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     total = F.cross_entropy(logits, labels, ignore_index=NO_LABEL, reduction="sum")
     return total / (labels != NO_LABEL).sum().clamp(min=1)
 

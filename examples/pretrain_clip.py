@@ -43,6 +43,8 @@ from cliptteacher.data.miniworld import (
 from cliptteacher.data.splits import SegmentationDataset
 from cliptteacher.training.run import MetricsLog, write_json
 
+_FRESH_SEED = (3 << 30) + (1 << 29)  # seeds count 32 bits; no split of miniworld reaches here
+
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -85,7 +87,7 @@ class MiniWorldCaptions:
         self.labels = torch.empty(length, size, size, dtype=torch.uint8)
         started = time.monotonic()
         for i in range(length):
-            generator = Generator().manual_seed((1 << 50) + i)
+            generator = Generator().manual_seed(i)  # the other splits start at 2^30
             single = i % 3 == 0
             self.images[i], self.labels[i] = (
                 draw_single_class(generator, size, i // 3 % len(CLASS_NAMES))
@@ -324,7 +326,7 @@ def single_class_accuracy(clip: CLIP, text: Tensor, size: int, per_class: int = 
     right = 0
     for label in range(len(text)):
         generators = [
-            Generator().manual_seed((1 << 52) + 100 * label + k) for k in range(per_class)
+            Generator().manual_seed(_FRESH_SEED + 100 * label + k) for k in range(per_class)
         ]
         images = torch.stack([draw_single_class(g, size, label)[0] for g in generators])
         cls = clip.encode_image(images.to(text.device).float().div(255)).cls

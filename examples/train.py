@@ -88,7 +88,8 @@ def read_configuration(argv: list[str] | None) -> tuple[str, TrainConfig, CLIPTe
     namespace, given = parse_arguments(parser, classes, argv)
     try:
         file = read_json(namespace.config) if namespace.config else {}
-        recipe = namespace.recipe or file.pop("recipe", None) or given.get("data", "miniworld")
+        data = given.get("data", file.get("data", "miniworld"))
+        recipe = namespace.recipe or file.get("recipe", data)
         file.pop("recipe", None)
         config, method = resolve_config(classes, (get_recipe(recipe), file, given))
     except (ValueError, FileNotFoundError) as error:
@@ -109,6 +110,8 @@ def train(
     # Teacher, student, optimiser.
     clip = load_clip(config.clip)
     segmenter = build_segmenter(config.segmenter, clip.embed_dim, config.segmenter_weights)
+    layout = torch.channels_last if config.channels_last else torch.contiguous_format
+    segmenter = segmenter.to(memory_format=layout)
     model = CLIPTeacher(clip, segmenter, seen_set.class_names, method).to(process.device)
     groups = parameter_groups(
         model, config.learning_rate, config.weight_decay, config.head_multiplier
@@ -130,7 +133,7 @@ def train(
     for step, (images, labels) in enumerate(build_loader(seen_set, config, process, start), start):
         schedule = (config.iterations, config.warmup, config.warmup_start, config.power)
         set_learning_rate(optimizer, learning_rate_factor(step, *schedule))
-        images = images.to(process.device, non_blocking=True)
+        images = images.to(process.device, non_blocking=True, memory_format=layout)
         labels = labels.to(process.device, non_blocking=True)
         progress.add(train_step(wrapped, optimizer, images, labels, config))
         done = step + 1

@@ -328,7 +328,7 @@ def test_head_and_backbone_partition_the_parameters() -> None:
 
 
 def test_names_and_options() -> None:
-    assert list_segmenters()[:2] == ["segformer_nano", "segformer_b0"]
+    assert list_segmenters()[:3] == ["fpn_small", "segformer_nano", "segformer_b0"]
     model = build_segmenter("segformer_nano", 8, drop_path=0.0, decoder_channels=32)
     assert model.config.drop_path == 0
     assert model.head.fuse.weight.shape == (32, 128)

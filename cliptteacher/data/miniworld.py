@@ -61,7 +61,7 @@ class MiniWorld:
         if split not in SPLIT_SIZES:
             raise ValueError(f"`split` must be one of {', '.join(SPLIT_SIZES)}, got {split!r}")
         self.split, self.size = split, size
-        self.length = length or SPLIT_SIZES[split]
+        self.length = SPLIT_SIZES[split] if length is None else length
         self._cache: dict[int, tuple[Tensor, Tensor]] | None = {} if cache else None
 
     def __len__(self) -> int:

@@ -7,6 +7,7 @@ may learn faster, `stride`, and `channels`. Nothing here costs more than buildin
 """
 
 import difflib
+import inspect
 from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import partial
@@ -15,11 +16,13 @@ from pathlib import Path
 from torch import nn
 
 from .adapt import AdaptedSegmenter, adapt_segmenter
+from .fpn import FPNSegmenter
 from .segformer import SEGFORMER_CONFIGS, Segformer, SegformerConfig
 from .weights import load_segformer_weights, read_segformer_weights
 
 __all__ = [
     "AdaptedSegmenter",
+    "FPNSegmenter",
     "Segformer",
     "SegformerConfig",
     "adapt_segmenter",
@@ -79,6 +82,18 @@ def _build_segformer(
     return model
 
 
+def _build_fpn(
+    channels: int, weights: str | Path | None, options: dict[str, object]
+) -> FPNSegmenter:
+    if weights is not None:
+        raise ValueError(f"fpn_small has no published weights, got {weights!r}; leave them out")
+    known = list(inspect.signature(FPNSegmenter).parameters)[1:]
+    for option in options:
+        if option not in known:
+            raise ValueError(f"fpn_small has no option {option!r}; {_suggest(option, known)}")
+    return FPNSegmenter(channels, **options)  # type: ignore[arg-type]
+
+
 def _suggest(unknown: str, known: list[str]) -> str:
     """Name the nearest known word, then all of them."""
     nearest = difflib.get_close_matches(unknown, known, n=1, cutoff=0.0)[0]
@@ -86,5 +101,6 @@ def _suggest(unknown: str, known: list[str]) -> str:
 
 
 _BUILDERS: dict[str, Callable[[int, str | Path | None, dict[str, object]], nn.Module]] = {
-    name: partial(_build_segformer, name) for name in SEGFORMER_CONFIGS
+    "fpn_small": _build_fpn,
+    **{name: partial(_build_segformer, name) for name in SEGFORMER_CONFIGS},
 }

@@ -44,6 +44,7 @@ class TrainConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     workers: int = 0  # data loading processes per training process
     precision: Literal["fp32", "bf16"] = "fp32"  # autocast of teacher and student
+    channels_last: bool = False  # memory layout of the student; faster convolutions
     # optimisation, Section 4.2: the default schedule of the toolbox
     learning_rate: float = 6e-5
     head_multiplier: float = 10.0  # learning rate of the head and the adapter over the backbone's
@@ -187,6 +188,8 @@ def _flag_options(hint: Any) -> dict[str, Any]:
         return {"choices": get_args(kind), "type": type(get_args(kind)[0])}
     if get_origin(kind) is tuple:
         return {"nargs": "+", "type": get_args(kind)[0]}
+    if kind is not hint:
+        return {"type": lambda text: None if text.lower() == "none" else kind(text)}
     return {"type": kind}
 
 

@@ -30,16 +30,18 @@ def parameter_groups(
         learning_rate: of the backbone.
         weight_decay: of everything but norms and positional tables.
         head_multiplier: learning rate of the head over that of the backbone.
-        head_prefixes: paths of the modules that count as head.
+        head_prefixes: attribute paths of the modules that count as head; a foreign network's head
+            may lie anywhere inside it, so parameters are matched by identity, not by name.
 
     Returns:
         Up to four groups with ``params``, ``lr``, ``base_lr``, ``weight_decay``, ``name``.
     """
+    heads = {parameter for path in head_prefixes for parameter in _parameters_at(model, path)}
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for path, parameter, is_norm in _named_parameters(model):
         if not parameter.requires_grad:
             continue
-        head = path.startswith(tuple(f"{prefix}." for prefix in head_prefixes))
+        head = parameter in heads
         decays = not is_norm and not _POSITION.search(path)
         groups.setdefault((head, decays), []).append(parameter)
     return [
@@ -63,6 +65,14 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """Set every group to its base learning rate times a factor."""
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
+
+
+def _parameters_at(model: nn.Module, path: str) -> Iterator[nn.Parameter]:
+    found: Any = model
+    for name in path.split("."):
+        found = getattr(found, name, None)
+    if isinstance(found, nn.Module):
+        yield from found.parameters()
 
 
 def _named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, bool]]:
