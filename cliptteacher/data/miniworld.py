@@ -28,7 +28,7 @@ THINGS = (
     *("moon", "heart", "arrow", "square", "flower"),
 )
 CLASS_NAMES = STUFF + THINGS
-UNSEEN_NAMES = ("water", "brick", "star", "moon", "heart")
+UNSEEN_NAMES = ("water", "brick", "arrow", "square", "flower")
 IGNORE_INDEX = 255
 SPLIT_SIZES = {"train": 2048, "val": 192, "test": 256, "pretrain": 1 << 30}
 # First seed of each split. PyTorch's CPU generator reads the low 32 bits of a seed and no more.
@@ -87,7 +87,7 @@ class MiniWorld:
 def draw_scene(generator: Generator, size: int) -> tuple[Tensor, Tensor]:
     """Draw one scene with a natural mix of regions and things."""
     side = size / 64
-    num_things = _integer(generator, round(2 * side) + 1)  # 0-2 at 64 px, 0-4 at 128 px
+    num_things = round(side - 1) + _integer(generator, round(2 * side) + 1)  # 0-2 or 1-5
     things = [_integer(generator, len(THINGS)) for _ in range(num_things)]
     regions = 1 + _integer(generator, round(1 + side))  # 1-2 at 64 px, 1-3 at 128 px
     grounds = [_integer(generator, len(STUFF)) for _ in range(regions)]
