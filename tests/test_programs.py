@@ -102,7 +102,7 @@ def training(space: Path, output: Path, *more: str) -> list[str]:
     options = f"""--data folder --root {space / "data"} --clip {space / "clip.pt"}
         --segmenter segformer_nano --iterations 4 --batch-size 2 --crop 64 --resize 64 64
         --checkpoint-interval 2 --keep-checkpoints 10 --eval-interval 2 --log-interval 1
-        --warmup 1 --kmeans-iterations 2 --device cpu --seed 3 --output {output}"""
+        --warmup 1 --kmeans-iterations 2 --gamma 1.5 --device cpu --seed 3 --output {output}"""
     return [*options.split(), *more]
 
 
