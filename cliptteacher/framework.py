@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from .clip import CLIP, class_text_features
@@ -28,6 +27,7 @@ from .inference import pixel_logits
 from .kmeans import Seeding
 from .losses import count_pairs, nel
 from .plm import GenerateLoss, PixelLearningModule, PotentialScope, Similarity, resize_nearest
+from .training.distributed import mean_over_processes
 from .vla import Adapter
 
 IGNORE_INDEX = 255
@@ -177,7 +177,9 @@ class CLIPTeacher(nn.Module):
         if config.ce == "seen":
             losses["ce"] = config.ce_weight * seen_cross_entropy(seen_logits, near_labels)
         if config.focal_weight > 0 or config.dice_weight > 0:
-            pairs = average_over_ranks(count_pairs(near_labels, len(self.seen_names), IGNORE_INDEX))
+            pairs = mean_over_processes(
+                count_pairs(near_labels, len(self.seen_names), IGNORE_INDEX)
+            )
             losses["focal"], losses["dice"] = nel(
                 seen_logits,
                 near_labels,
@@ -215,12 +217,3 @@ def seen_cross_entropy(seen_logits: Tensor, labels: Tensor) -> Tensor:
         seen_logits.float(), labels.long(), ignore_index=IGNORE_INDEX, reduction="sum"
     )
     return total / (labels != IGNORE_INDEX).sum().clamp(min=1)
-
-
-def average_over_ranks(count: Tensor) -> Tensor:
-    """Average a count over all ranks; the count itself in a single process."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return count
-    total = count.clone()
-    dist.all_reduce(total)
-    return total / dist.get_world_size()

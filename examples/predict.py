@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,7 @@ def run(args: argparse.Namespace) -> int:
     predictor = student.predictor(gamma=gamma, resize=resize)
     predictor.to(start_process(args.device).device)
     palette = class_palette(len(words))
+    stems = Counter(path.stem for path in images)
     failed = 0
     for path in images:
         try:
@@ -79,8 +81,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"{path} must be a readable image, but {error}", file=sys.stderr, flush=True)
             continue
         # Two images of one name, such as a.jpg and a.png, must not overwrite each other.
-        alone = sum(other.stem == path.stem for other in images) == 1
-        target = args.output / (path.stem if alone else path.name)
+        target = args.output / (path.stem if stems[path.stem] == 1 else path.name)
         print(predict(predictor, student, image, target, palette), flush=True)
     return failed
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from cliptteacher.clip import CLIP, class_text_features, load_clip
+from cliptteacher.clip import class_text_features, load_clip
 from cliptteacher.data import (
     SeenOnly,
     TrainingStream,
@@ -127,11 +127,12 @@ def train(
     start = resume(output, config, model, optimizer, process)
     log = open_log(recipe, output, start, config, method, process) if process.is_main else None
 
-    # The loop.
+    # The loop. Evaluation and prediction, not training, need the words of all classes.
+    text = class_text_features(clip, train_set.class_names, method.templates)
+    schedule = (config.iterations, config.warmup, config.warmup_start, config.power)
     wrapped = wrap(model, process).train()
     progress = Progress(config.iterations, start, log)
     for step, (images, labels) in enumerate(build_loader(seen_set, config, process, start), start):
-        schedule = (config.iterations, config.warmup, config.warmup_start, config.power)
         set_learning_rate(optimizer, learning_rate_factor(step, *schedule))
         images = images.to(process.device, non_blocking=True, memory_format=layout)
         labels = labels.to(process.device, non_blocking=True)
@@ -142,15 +143,15 @@ def train(
             if line is not None:
                 print(line, flush=True)
         if done % config.checkpoint_interval == 0 or done == config.iterations:
-            content = checkpoint_content(done, model, optimizer, config, train_set, process)
+            content = checkpoint_content(done, model, optimizer, config, train_set, text, process)
             if process.is_main:
                 save_checkpoint(content, output / "checkpoints", config.keep_checkpoints)
         if config.eval_interval and done % config.eval_interval == 0 and done < config.iterations:
-            report(assess(model, config, config.eval_split, process, output, done), done, log)
+            report(assess(model, text, config, config.eval_split, process, output, done), done, log)
             wrapped.train()
 
     # The result.
-    scores = assess(model, config, config.test_split, process, output, config.iterations)
+    scores = assess(model, text, config, config.test_split, process, output, config.iterations)
     if process.is_main:
         print(f"trained in {format_time(progress.seconds)}, everything is in {output}")
     report(scores, config.iterations, log, full=True)
@@ -296,6 +297,7 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Non
 
 def assess(
     model: CLIPTeacher,
+    text: Tensor,
     config: TrainConfig,
     split: str,
     process: Process,
@@ -304,7 +306,7 @@ def assess(
 ) -> dict[str, Any]:
     """Evaluate the student on all classes, every process its share, and draw a panel."""
     dataset = open_dataset(config.data, config.root, split)
-    predictor = build_predictor(model, model.clip, config, dataset)
+    predictor = build_predictor(model, text, config, dataset)
     shown: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def keep(index: int, image: Tensor, label: Tensor, prediction: Tensor) -> None:
@@ -330,10 +332,9 @@ def assess(
 
 
 def build_predictor(
-    model: CLIPTeacher, clip: CLIP, config: TrainConfig, dataset: SegmentationDataset
+    model: CLIPTeacher, text: Tensor, config: TrainConfig, dataset: SegmentationDataset
 ) -> Predictor:
     """The student with the text features of all classes: here the unseen words come in."""
-    text = class_text_features(clip, dataset.class_names, model.config.templates)
     return Predictor(
         model.segmenter,
         text,
@@ -367,6 +368,7 @@ def checkpoint_content(
     optimizer: torch.optim.Optimizer,
     config: TrainConfig,
     dataset: SegmentationDataset,
+    text: Tensor,
     process: Process,
 ) -> dict[str, Any]:
     """Everything to go on from, and everything to predict with; every process takes part."""
@@ -374,7 +376,6 @@ def checkpoint_content(
     rng = gather_from_processes(torch.get_rng_state(), process.device)
     cuda_rng = torch.cuda.get_rng_state(process.device) if cuda else torch.empty(0)
     unseen = () if config.closed_set else dataset.unseen
-    text = class_text_features(model.clip, dataset.class_names, method.templates)
     return {
         "step": step,
         "segmenter": model.segmenter.state_dict(),

@@ -112,6 +112,7 @@ class _RecordUnpickler(pickle.Unpickler):
     """A pickle reader that builds records and refuses every name outside its short list."""
 
     def find_class(self, module: str, name: str) -> Any:
+        """Answer a name of the pickle with an inert recorder, or refuse it."""
         # No answer has a side effect when the pickle calls it. The functions are bound methods,
         # because a pickle could write to the attributes of a plain function.
         if module == "__torch__" or module.startswith("__torch__."):

@@ -67,7 +67,7 @@ def wait_for_all() -> None:
 
 def mean_over_processes(values: Tensor) -> Tensor:
     """Average a tensor over all processes."""
-    if not dist.is_initialized():
+    if not (dist.is_available() and dist.is_initialized()):
         return values
     values = values.clone()
     dist.all_reduce(values)

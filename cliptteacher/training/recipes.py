@@ -10,8 +10,9 @@ from typing import Any
 
 from .config import unknown_key
 
-# What won on miniworld's validation split (benchmarks/README.md): potential classes compete within
-# their image, by cosine, for the unannotated pixels only, and prototypes carry no gradient.
+# Potential classes compete within their image, by cosine, for the unannotated pixels only, and
+# prototypes carry no gradient. Cheap, and in one short run neither better nor worse than no pseudo
+# labels (benchmarks/README.md); not yet compared with the literal reading.
 _GENTLE_PSEUDO_LABELS: dict[str, Any] = {
     "potential_scope": "image",
     "potential_slots": 16,
