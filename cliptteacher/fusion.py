@@ -71,7 +71,8 @@ def fuse_clusters(centers: Tensor, valid: Tensor, threshold: float = 0.8) -> Ten
     """
     _check_clusters(centers, valid)
     K = centers.shape[1]
-    similar = (pairwise_cosine(centers) > threshold).triu(1)  # (B, K, K), only i < j
+    # In float64: float32 similarities would round the threshold, and ties on it would change sides.
+    similar = (pairwise_cosine(centers).double() > threshold).triu(1)  # (B, K, K), only i < j
     leads: Tensor = _scan_leaders(similar, valid)  # (B, K)
     # A cluster is taken by the first leader at or before it that is similar or the cluster itself.
     itself = torch.eye(K, dtype=torch.bool, device=similar.device)

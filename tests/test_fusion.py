@@ -64,6 +64,12 @@ def test_equals_the_literal_loop_on_any_input(data: st.DataObject) -> None:
     )
 
 
+@pytest.mark.parametrize("threshold", [-1.9106899717574043e-305, 1e-300, 0.8, 2**-0.5, 0.6])
+def test_the_threshold_is_not_rounded(threshold: float) -> None:
+    centers = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [0.8, 0.6], [1.0, 1.0]]])
+    assert_equals_loop(centers, torch.ones(1, 4, dtype=torch.bool), threshold)
+
+
 def test_by_hand() -> None:
     # 0-1 and 1-2 are similar, 0-2 are not: 0 takes 1, and 2 stays without a partner.
     centers = torch.tensor([[[1.0, 0.0], [0.8, 0.6], [0.28, 0.96], [1.0, 0.01], [0.3, 0.9]]])
