@@ -25,7 +25,7 @@ from .clip import CLIP, class_text_features
 from .glm import GlobalLearningModule, Pooling
 from .inference import pixel_logits
 from .kmeans import Seeding
-from .losses import count_pairs, nel
+from .losses import NELoss, count_pairs, nel
 from .plm import GenerateLoss, PixelLearningModule, PotentialScope, Similarity, resize_nearest
 from .training.distributed import mean_over_processes
 from .vla import Adapter
@@ -67,6 +67,7 @@ class CLIPTeacherConfig:
     focal_weight: float = 100.0
     dice_weight: float = 1.0
     generate_weight: float = 1.0
+    auxiliary_weight: float = 0.0  # of the student's auxiliary head; 0.4 for Swin with UPerNet
 
 
 class CLIPTeacher(nn.Module):
@@ -83,7 +84,8 @@ class CLIPTeacher(nn.Module):
         config: options; default the literal reading of the paper.
 
     Raises:
-        ValueError: ``seen_names`` is empty.
+        ValueError: ``seen_names`` is empty, or only one of ``config.auxiliary_weight`` and
+            ``segmenter.auxiliary`` is there.
     """
 
     seen_text: Tensor
@@ -99,6 +101,13 @@ class CLIPTeacher(nn.Module):
         if not seen_names:
             raise ValueError("`seen_names` must name at least one class, got none")
         self.config = config = config or CLIPTeacherConfig()
+        has_auxiliary = getattr(segmenter, "auxiliary", None) is not None
+        if has_auxiliary != (config.auxiliary_weight > 0):
+            raise ValueError(  # DDP waits for the gradient of every parameter
+                f"`auxiliary_weight` must be positive with an auxiliary head and 0 without, got "
+                f"{config.auxiliary_weight} {'with' if has_auxiliary else 'without'} one; build "
+                f"the student with auxiliary={not has_auxiliary}, or change the weight"
+            )
         self._clip = (clip.eval().requires_grad_(False),)  # in a tuple: not a submodule
         self.segmenter = segmenter
         self.seen_names = tuple(seen_names)
@@ -142,7 +151,8 @@ class CLIPTeacher(nn.Module):
             labels: (B, H, W) integers: [0, S) in the order of ``seen_names``, 255 without label.
 
         Returns:
-            ``global``, ``ce``, ``focal``, ``dice``, ``generate`` and their sum ``total``, scalars.
+            ``global``, ``ce``, ``focal``, ``dice``, ``generate``, with an auxiliary head
+            ``auxiliary``, and their sum ``total``, scalars.
 
         Raises:
             ValueError: images and labels do not fit together, or the student's width is not C.
@@ -154,17 +164,18 @@ class CLIPTeacher(nn.Module):
             )
         config = self.config
         pixels = images.float() / 255 if images.dtype == torch.uint8 else images
-        features = self.segmenter(pixels)  # (B, C, h, w)
+        auxiliary: Tensor | None = None
+        if config.auxiliary_weight > 0:
+            features, auxiliary = self.segmenter.forward_with_auxiliary(pixels)  # type: ignore[operator]
+        else:
+            features = self.segmenter(pixels)  # (B, C, h, w)
         if features.ndim != 4 or features.shape[1] != self.clip.embed_dim:
             raise ValueError(
                 f"the student must give features (B, {self.clip.embed_dim}, h, w), got "
                 f"{tuple(features.shape)}; build it with channels=clip.embed_dim"
             )
         cls, dense = self.encode(pixels)
-        cosine = config.logits == "cosine"
-        seen_text = self.seen_text.to(features.dtype)
-        seen_logits = pixel_logits(features, seen_text, config.logit_scale, cosine)
-        near_labels = resize_nearest(labels, (features.shape[2], features.shape[3]))
+        seen_logits, near_labels = self._score_seen(features, labels)
         zero = features.new_zeros((), dtype=torch.float32)
         losses = {"global": zero, "ce": zero, "focal": zero, "dice": zero, "generate": zero}
         if config.global_weight > 0:
@@ -177,18 +188,33 @@ class CLIPTeacher(nn.Module):
         if config.ce == "seen":
             losses["ce"] = config.ce_weight * seen_cross_entropy(seen_logits, near_labels)
         if config.focal_weight > 0 or config.dice_weight > 0:
-            pairs = mean_over_processes(
-                count_pairs(near_labels, len(self.seen_names), IGNORE_INDEX)
-            )
-            losses["focal"], losses["dice"] = nel(
-                seen_logits,
-                near_labels,
-                focal_weight=config.focal_weight,
-                dice_weight=config.dice_weight,
-                pair_count=pairs,
-            )
+            losses["focal"], losses["dice"] = self._nel(seen_logits, near_labels)
+        if auxiliary is not None:
+            logits, near_labels = self._score_seen(auxiliary, labels)
+            terms = [*self._nel(logits, near_labels)]
+            if config.ce != "none":
+                terms.append(config.ce_weight * seen_cross_entropy(logits, near_labels))
+            losses["auxiliary"] = config.auxiliary_weight * torch.stack(terms).sum()
         losses["total"] = torch.stack(tuple(losses.values())).sum()
         return losses
+
+    def _score_seen(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Seen logits (B, S, h, w) of features, and the labels at their size."""
+        text = self.seen_text.to(features.dtype)
+        cosine = self.config.logits == "cosine"
+        logits = pixel_logits(features, text, self.config.logit_scale, cosine)
+        return logits, resize_nearest(labels, (features.shape[2], features.shape[3]))
+
+    def _nel(self, seen_logits: Tensor, near_labels: Tensor) -> NELoss:
+        """Focal and dice, divided by the mean number of pairs of all processes."""
+        pairs = count_pairs(near_labels, len(self.seen_names), IGNORE_INDEX)
+        return nel(
+            seen_logits,
+            near_labels,
+            focal_weight=self.config.focal_weight,
+            dice_weight=self.config.dice_weight,
+            pair_count=mean_over_processes(pairs),
+        )
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:

@@ -68,8 +68,9 @@ class Predictor(nn.Module):
         stride: step between windows in pixels.
         window_batch: windows that pass through the student together, per image.
         short_side: resize images to this short side before the student, keeping the ratio.
-        resize: resize images to fit into these (long, short) sides; (2048, 512) is the convention
-            of the benchmarks. At most one of `short_side` and `resize`; None keeps the size.
+        resize: resize images to fit into these (long, short) sides; (2048, 512) is the size of
+            the benchmarks. At most one of `short_side` and `resize`; None keeps the size. Images
+            shrink with antialiasing, as in training.
 
     Raises:
         ValueError: if the text features are no matrix, an unseen index is out of range, a mode
@@ -142,7 +143,10 @@ class Predictor(nn.Module):
     def _resized_logits(self, image: Tensor) -> Tensor:
         """Return logits (B, A, h, w), of whatever size the network works at."""
         images = _as_batch(image).to(self.text_features.device)
-        images = upsample(images, self._working_size(images))
+        size = self._working_size(images)
+        if size != tuple(images.shape[-2:]):
+            # As training shrinks them: a large photograph at a quarter of its size must not alias.
+            images = F.interpolate(images, size, mode="bilinear", antialias=True)
         with _evaluating(self.segmenter):
             return self._slide(images) if self.mode == "slide" else self._whole(images)
 
@@ -191,6 +195,7 @@ class TrainedSegmenter:
         gamma: bonus of the unseen classes.
         logit_scale: factor on the logits.
         logits: "dot" or "cosine", as in training.
+        resize: (long, short) sides that images are fitted into, or None: as they are.
         checkpoint: the other entries of the checkpoint ("step", "config", "clip", ...).
     """
 
@@ -201,6 +206,7 @@ class TrainedSegmenter:
     gamma: float
     logit_scale: float
     logits: LogitKind
+    resize: tuple[int, int] | None
     checkpoint: dict[str, Any]
 
     def predictor(self, **settings: Any) -> Predictor:
@@ -213,6 +219,7 @@ class TrainedSegmenter:
             "gamma": self.gamma,
             "logit_scale": self.logit_scale,
             "logits": self.logits,
+            "resize": None if "short_side" in settings else self.resize,
         }
         return Predictor(self.segmenter, self.text_features, **{**stored, **settings})
 
@@ -252,6 +259,7 @@ def load_segmenter(path: str | Path, segmenter: nn.Module | None = None) -> Trai
         gamma=content.pop("gamma"),
         logit_scale=content.pop("logit_scale"),
         logits=content.pop("logits", "dot"),
+        resize=tuple(content.pop("resize", None) or ()) or None,
         checkpoint=content,
     )
 

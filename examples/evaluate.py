@@ -24,6 +24,7 @@ from torch import Tensor
 from words import with_words
 
 from cliptteacher.data import SegmentationDataset, open_dataset
+from cliptteacher.data.catalog import BENCHMARKS
 from cliptteacher.evaluation import evaluate, format_scores, scores_as_percent
 from cliptteacher.inference import TrainedSegmenter, load_segmenter
 from cliptteacher.training.distributed import Process, start_process, stop_process
@@ -50,13 +51,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--checkpoint", type=Path, required=True, help="a file, or the directory of a run")
-    add("--data", choices=("miniworld", "folder"), help="default: that of training")
+    add("--data", choices=("miniworld", "folder", *BENCHMARKS), help="default: that of training")
     add("--root", help="folder of the data set; default: that of training")
     add("--split", default="val")
     add("--mode", choices=("whole", "slide"), default="whole")
     add("--window", type=int, help="side of a sliding window; default: the crop of training")
     add("--stride", type=int, help="step between windows; default: 5/6 of the window")
-    add("--resize", type=int, nargs=2, metavar=("LONG", "SHORT"), help="fit images into these")
+    add("--resize", type=int, nargs=2, metavar=("LONG", "SHORT"), help="default: as in training")
     add("--gamma", type=float, help="bonus of unseen classes; default: that of training")
     add("--clip", help="name or path of the CLIP, for class names that training did not know")
     add("--save-dir", type=Path, help="write NAME.png (class indices) and NAME_overlay.png here")
@@ -100,7 +101,7 @@ def open_split(args: argparse.Namespace, trained: TrainedSegmenter) -> Segmentat
     """Open the data set that was asked for; what was not said is as in training."""
     config = trained.checkpoint.get("config", {})
     args.data = args.data or ("folder" if args.root else config.get("data", "miniworld"))
-    if args.data == "folder" and args.root is None:
+    if args.data != "miniworld" and args.root is None:
         args.root = config.get("root")
     return open_dataset(args.data, args.root, args.split, cache=False)
 
@@ -112,7 +113,7 @@ def inference_settings(args: argparse.Namespace, trained: TrainedSegmenter) -> d
         "mode": args.mode,
         "window": window,
         "stride": args.stride or max(1, window * 5 // 6),
-        "resize": tuple(args.resize) if args.resize else None,
+        "resize": tuple(args.resize) if args.resize else trained.resize,
     }
 
 
@@ -180,7 +181,7 @@ def summary(
         "unseen": [student.class_names[k] for k in student.unseen],
         "gamma": gamma,
         "mode": args.mode,
-        "resize": args.resize,
+        "resize": args.resize or student.resize,
         "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
 

@@ -54,7 +54,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--output", type=Path, required=True, help="directory to write to")
     add("--clip", help="name or path of the CLIP, for words that training did not know")
     add("--gamma", type=float, help="bonus of words without labels in training")
-    add("--resize", type=int, nargs=2, metavar=("LONG", "SHORT"), help="shrink or enlarge to fit")
+    add("--resize", type=int, nargs=2, metavar=("LONG", "SHORT"), help="default: as in training")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     return parser.parse_args(argv)
 
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     student, unread = with_words(trained, words, args.clip)
     gamma = student.gamma if args.gamma is None else args.gamma
     print_plan(student, gamma, unread)
-    resize = tuple(args.resize) if args.resize else None
+    resize = tuple(args.resize) if args.resize else student.resize
     predictor = student.predictor(gamma=gamma, resize=resize)
     predictor.to(start_process(args.device).device)
     palette = class_palette(len(words))

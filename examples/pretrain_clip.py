@@ -17,6 +17,7 @@ the ensemble works, but its further words ("small", "scene", ...) say nothing to
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import time
 from collections.abc import Iterator
@@ -51,9 +52,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", choices=("miniworld", "folder"), default="miniworld")
-    parser.add_argument(
-        "--root", type=Path, help="folder data set with images, labels, dataset.json"
-    )
+    parser.add_argument("--root", type=Path, help="folder data set: images, labels, dataset.json")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=40.0, help="stop after this training time")
     parser.add_argument("--iterations", type=int, help="instead of --minutes")
@@ -68,6 +67,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--text-layers", type=int, default=2)
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     parser.add_argument("--weight-decay", type=float, default=0.05)
+    parser.add_argument("--max-scale", type=float, default=100.0, help="of exp(logit_scale)")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, help="CPU threads of torch")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -85,7 +86,6 @@ class MiniWorldCaptions:
         self.class_names = CLASS_NAMES
         self.images = torch.empty(length, 3, size, size, dtype=torch.uint8)
         self.labels = torch.empty(length, size, size, dtype=torch.uint8)
-        started = time.monotonic()
         for i in range(length):
             generator = Generator().manual_seed(i)  # the other splits start at 2^30
             single = i % 3 == 0
@@ -95,7 +95,7 @@ class MiniWorldCaptions:
                 else draw_scene(generator, size)
             )
             if i % 4000 == 3999:
-                print(f"drew {i + 1} of {length} scenes, {time.monotonic() - started:.0f} s")
+                print(f"drew {i + 1} of {length} scenes")
 
     def sample(self, generator: Generator) -> tuple[Tensor, Tensor]:
         """Draw a scene, half of the time mirrored."""
@@ -262,7 +262,7 @@ def train(
         images, texts, true = next(batches)
         pixels = images.to(args.device).float().div(255)
         ids = vocabulary.encode(texts).to(args.device)
-        loss_sum += train_step(clip, optimizer, pixels, ids, true.to(args.device))
+        loss_sum += train_step(clip, optimizer, pixels, ids, true.to(args.device), args)
         step += 1
         if step % args.log_interval == 0:
             row = {"step": step, "loss": float(loss_sum) / args.log_interval, "lr": rate}
@@ -280,27 +280,33 @@ def learning_rate(peak: float, step: int, progress: float) -> float:
 
 
 def train_step(
-    clip: CLIP, optimizer: torch.optim.Optimizer, pixels: Tensor, ids: Tensor, true: Tensor
+    clip: CLIP,
+    optimizer: torch.optim.Optimizer,
+    pixels: Tensor,
+    ids: Tensor,
+    true: Tensor,
+    args: argparse.Namespace,
 ) -> Tensor:
     """Update the CLIP once; returns the loss, detached and still on the device."""
-    image = F.normalize(clip.encode_image(pixels).cls, dim=1)
-    text = F.normalize(clip.encode_text(ids), dim=1)
+    with torch.autocast(pixels.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+        image, text = clip.encode_image(pixels).cls, clip.encode_text(ids)
+    image, text = F.normalize(image.float(), dim=1), F.normalize(text.float(), dim=1)
     loss = contrastive_loss(image, text, clip.logit_scale.exp(), true)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     nn.utils.clip_grad_norm_(clip.parameters(), 1.0)
     optimizer.step()
     with torch.no_grad():
-        clip.logit_scale.clamp_(max=math.log(100))  # as OpenAI did
+        # OpenAI's limit is 100. A low one pushes the features of the classes apart.
+        clip.logit_scale.clamp_(max=math.log(args.max_scale))
     return loss.detach()
 
 
 def progress_line(row: dict[str, float], seconds: float) -> str:
     left = seconds * (1 / max(row["progress"], 1e-9) - 1) / 60
-    return (
-        f"step {row['step']}  loss {row['loss']:.3f}  lr {row['lr']:.1e}  "
-        f"scale {row['scale']:.1f}  {row['images_per_second']:.0f} images/s  {left:.1f} min left"
-    )
+    numbers = f"loss {row['loss']:.3f}  lr {row['lr']:.1e}  scale {row['scale']:.1f}"
+    speed = f"{row['images_per_second']:.0f} images/s  {left:.1f} min left"
+    return f"step {row['step']}  {numbers}  {speed}"
 
 
 @torch.inference_mode()
@@ -342,8 +348,9 @@ def measure(
     if args.data == "folder":
         return {"dense_accuracy_val": dense_accuracy(clip, text, held_out, 60)}
     return {
-        "single_class_accuracy_64": single_class_accuracy(clip, text, args.image_size),
-        "single_class_accuracy_128": single_class_accuracy(clip, text, 2 * args.image_size),
+        f"single_class_accuracy_{size}": single_class_accuracy(clip, text, size)
+        for size in (args.image_size, 2 * args.image_size)
+    } | {
         "dense_accuracy_val_128": dense_accuracy(clip, text, held_out, 192),
     }
 
@@ -357,15 +364,8 @@ def open_data(args: argparse.Namespace) -> tuple[Captions, SegmentationDataset]:
 
 
 def build_clip(args: argparse.Namespace) -> CLIP:
-    config = CLIPConfig(
-        embed_dim=args.embed_dim,
-        image_size=args.image_size,
-        patch_size=args.patch_size,
-        vision_width=args.vision_width,
-        vision_layers=args.vision_layers,
-        text_width=args.text_width,
-        text_layers=args.text_layers,
-    )
+    sizes = (field.name for field in dataclasses.fields(CLIPConfig))
+    config = CLIPConfig(**{name: getattr(args, name) for name in sizes if hasattr(args, name)})
     return CLIP(config).to(args.device)
 
 
@@ -393,7 +393,6 @@ def main(argv: list[str] | None = None) -> None:
     save_clip(teacher, args.output / "clip.pt", extra=extra)
     scores = measure(teacher, held_out, args)
     log.write({"step": iterations, "minutes": minutes, **scores})
-    log.close()
     for name, value in scores.items():
         print(f"{name}: {100 * value:.1f} %")
     print(f"wrote {args.output / 'clip.pt'} after {iterations} iterations, {minutes:.1f} min")

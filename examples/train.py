@@ -13,7 +13,6 @@ metrics.jsonl, checkpoints/ and panels/.
 from __future__ import annotations
 
 import argparse
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +50,7 @@ from cliptteacher.training.distributed import (
     wait_for_all,
 )
 from cliptteacher.training.optimizer import build_optimizer, parameter_groups, set_learning_rate
-from cliptteacher.training.recipes import get_recipe, list_recipes
+from cliptteacher.training.recipes import default_recipe, get_recipe, list_recipes
 from cliptteacher.training.run import (
     MetricsLog,
     Progress,
@@ -82,14 +81,14 @@ def read_configuration(argv: list[str] | None) -> tuple[str, TrainConfig, CLIPTe
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--recipe", choices=list_recipes(), help="default: the one named as --data")
+    parser.add_argument("--recipe", choices=list_recipes(), help="default: as --data, or paper")
     parser.add_argument("--config", type=Path, help="JSON file, such as config.json of a run")
     classes = (TrainConfig, CLIPTeacherConfig)
     namespace, given = parse_arguments(parser, classes, argv)
     try:
         file = read_json(namespace.config) if namespace.config else {}
         data = given.get("data", file.get("data", "miniworld"))
-        recipe = namespace.recipe or file.get("recipe", data)
+        recipe = namespace.recipe or file.get("recipe", default_recipe(data))
         file.pop("recipe", None)
         config, method = resolve_config(classes, (get_recipe(recipe), file, given))
     except (ValueError, FileNotFoundError) as error:
@@ -109,7 +108,8 @@ def train(
 
     # Teacher, student, optimiser.
     clip = load_clip(config.clip)
-    segmenter = build_segmenter(config.segmenter, clip.embed_dim, config.segmenter_weights)
+    extra = {"auxiliary": True} if method.auxiliary_weight > 0 else {}
+    segmenter = build_segmenter(config.segmenter, clip.embed_dim, config.segmenter_weights, **extra)
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     segmenter = segmenter.to(memory_format=layout)
     model = CLIPTeacher(clip, segmenter, seen_set.class_names, method).to(process.device)
@@ -196,8 +196,9 @@ def open_log(
 ) -> MetricsLog:
     """Write config.json and environment.json, open metrics.jsonl."""
     write_json({"recipe": recipe, **config_as_dict(config, method)}, output / "config.json")
-    environment = describe_environment(process.world_size, process.device)
-    write_json(environment, output / "environment.json")
+    write_json(
+        describe_environment(process.world_size, process.device), output / "environment.json"
+    )
     return MetricsLog(output / "metrics.jsonl", start)
 
 
@@ -280,7 +281,7 @@ def train_step(
     config: TrainConfig,
 ) -> dict[str, Tensor]:
     """Update the student once; returns the losses, detached and still on the device."""
-    with autocast(images.device, config.precision):
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
         losses = model(images, labels)
     optimizer.zero_grad(set_to_none=True)
     losses["total"].backward()
@@ -288,11 +289,6 @@ def train_step(
         nn.utils.clip_grad_norm_(model.parameters(), config.clip_gradient)
     optimizer.step()
     return {name: value.detach() for name, value in losses.items()}
-
-
-def autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:
-    """Mixed precision where asked for."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
 def assess(
@@ -345,6 +341,7 @@ def build_predictor(
         mode=config.eval_mode,
         window=config.crop,
         stride=max(1, config.crop * 5 // 6),
+        resize=config.eval_resize,
     )
 
 
@@ -354,12 +351,8 @@ def report(scores: dict[str, Any], step: int, log: MetricsLog | None, full: bool
         return
     table = str(scores.pop("table"))
     log.write({"step": step, **scores})
-    four = "  ".join(f"{name} {_percent(scores[name])}" for name in SCORES)
+    four = "  ".join(f"{n} {'-' if scores[n] is None else f'{scores[n]:.1f}'}" for n in SCORES)
     print(table if full else f"{step:>6} {scores['split']}: {four}", flush=True)
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}"
 
 
 def checkpoint_content(
@@ -387,6 +380,7 @@ def checkpoint_content(
         "gamma": config.gamma,
         "logit_scale": method.logit_scale,
         "logits": method.logits,
+        "resize": list(config.eval_resize or ()),
         "templates": method.templates,
         "clip": config.clip,
         "training": {

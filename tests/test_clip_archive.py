@@ -129,6 +129,7 @@ def test_big_endian_archive(tmp_path: Path) -> None:
         (b"ctorch.jit\nload\n" + text("{}") + b"\x85R", "torch.jit.load"),
         (b"(" + text("{}") + b"iposix\nsystem\n", "posix.system"),
         (b"c__torch__x\nNet\n)\x81", "__torch__x.Net"),
+        (b"cother\nFloatStorage\n", "other.FloatStorage"),
     ],
 )
 def test_hostile_archives_are_refused(tmp_path: Path, call: bytes, name: str) -> None:

@@ -21,6 +21,7 @@ from clip_files import (
 from cliptteacher.clip import CLIP, CLIPConfig, class_text_features, load_clip, save_clip
 from cliptteacher.clip import weights as module
 from cliptteacher.clip.convert import to_openai_names
+from cliptteacher.training.checkpoint import load_checkpoint, save_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -226,6 +227,51 @@ def test_hugging_face_without_a_key_projection(clip: CLIP) -> None:
     missing = r"must hold 'transformer.resblocks.1.attn.k_proj.bias', which is missing"
     with pytest.raises(ValueError, match=missing):
         to_openai_names(state)
+
+
+def test_a_student_is_not_a_teacher(tmp_path: Path) -> None:
+    """A checkpoint of a training run, given as the CLIP, and the other way round."""
+    student = {"backbone.weight": torch.ones(2)}
+    path = save_checkpoint({"step": 1, "segmenter": student, "text_features": student}, tmp_path)
+    with pytest.raises(ValueError, match=r"step_00000001.pt must hold a state dict of tensors"):
+        load_clip(path)
+    torch.save(student, tmp_path / "student.pt")
+    with pytest.raises(ValueError, match=r"student.pt does not fit: .*vision transformer must"):
+        load_clip(tmp_path / "student.pt")
+    save_clip(small_clip(), tmp_path / "clip.pt")
+    with pytest.raises(ValueError, match=r"clip.pt must be a checkpoint of cliptteacher"):
+        load_checkpoint(tmp_path / "clip.pt")
+
+
+@pytest.mark.parametrize("tower", ["vision_model.", "text_model."])
+def test_half_a_hugging_face_model(clip: CLIP, tmp_path: Path, tower: str) -> None:
+    state = to_hugging_face(clip.state_dict())
+    half_of_it = {name: tensor for name, tensor in state.items() if name.startswith(tower)}
+    torch.save(half_of_it, tmp_path / "half.bin")
+    with pytest.raises(ValueError, match=r"half.bin does not fit: .*must hold '"):
+        load_clip(tmp_path / "half.bin")
+
+
+def test_two_models_mixed_up(clip: CLIP, tmp_path: Path) -> None:
+    hugging_face = to_hugging_face(clip.state_dict())
+    vision = {name: tensor for name, tensor in hugging_face.items() if "vision" in name}
+    wide = CLIP(CLIPConfig(**{**vars(CONFIG), "vision_width": 192})).state_dict()
+    norms = {name: tensor for name, tensor in wide.items() if name.startswith("visual.ln_")}
+    for extra, message in (
+        (vision, "'visual.proj' has shape "),  # two namings in one file
+        (norms, r"'visual.ln_pre.weight' has shape \(192,\) instead of \(128,\)"),
+        ({"visual.transformer.resblocks.5.ln_1.bias": torch.ones(128)}, "'visual.*is missing"),
+    ):
+        torch.save({**clip.state_dict(), **extra}, tmp_path / "mixed.bin")
+        with pytest.raises(ValueError, match=f"mixed.bin does not fit: .*{message}"):
+            load_clip(tmp_path / "mixed.bin")
+
+
+def test_names_behind_a_foreign_prefix(clip: CLIP, tmp_path: Path) -> None:
+    renamed = {f"model.{name}": tensor for name, tensor in clip.state_dict().items()}
+    torch.save(renamed, tmp_path / "renamed.bin")
+    with pytest.raises(ValueError, match=r"renamed.bin does not fit: .*must hold '.*other names"):
+        load_clip(tmp_path / "renamed.bin")
 
 
 def test_missing_files(tmp_path: Path) -> None:

@@ -64,6 +64,86 @@ def test_every_term_is_what_its_room_computes() -> None:
     torch.testing.assert_close(losses["dice"], terms.dice)
 
 
+def test_terms_of_a_wide_image_with_options_and_an_object_that_vanishes() -> None:
+    """Height and width differ, and one class has a single pixel, which a quarter size skips."""
+    g = torch.Generator().manual_seed(5)
+    images = torch.rand(2, 3, 32, 56, generator=g)
+    labels = torch.randint(2, (2, 32, 56), generator=g)
+    labels[:, :16, 8:] = 255
+    labels[1, 0, 0] = 2
+    model = build(logit_scale=7.0, global_weight=2.0, pseudo_scale=3.0)
+    losses = model(images, labels)
+    features = model.segmenter(images)
+    teacher = model.clip.encode_image(images)
+    seen_logits = 7 * torch.einsum("bchw,kc->bkhw", features, model.seen_text)
+    near = labels[:, 2::4, 2::4]  # the centre of 4 x 4 pixels, rounded up
+    assert 2 in labels and 2 not in near
+    pixel = model.plm(features, seen_logits, teacher.dense, teacher.cls, labels, model.seen_text)
+    terms = nel(seen_logits, near)
+    expected = GlobalLearningModule()(features, teacher.cls)
+    torch.testing.assert_close(losses["global"], 2 * expected)
+    torch.testing.assert_close(losses["ce"], pixel.ce)
+    torch.testing.assert_close(losses["focal"], terms.focal)
+    torch.testing.assert_close(losses["dice"], terms.dice)
+
+
+def test_cross_entropy_of_seen_pixels_is_weighted() -> None:
+    images, labels = batch()
+    model = build(ce="seen", ce_weight=3.0, logit_scale=2.0)
+    features = model.segmenter(images.float() / 255)
+    logits = 2 * torch.einsum("bchw,kc->bkhw", features, model.seen_text)
+    expected = 3 * seen_cross_entropy(logits, resize_nearest(labels, (8, 8)))
+    torch.testing.assert_close(model(images, labels)["ce"], expected)
+
+
+def test_every_option_reaches_its_room() -> None:
+    options: dict[str, Any] = {
+        "glm_pooling": "mean",
+        "bank_size": 5,
+        "temperature": 0.3,
+        "scales": (2, 4),
+        "seeding": "sliding",
+        "kmeans_iterations": 3,
+        "fusion_threshold": 0.65,
+        "ignored_share": 0.25,
+        "potential_slots": 6,
+        "potential_scope": "image",
+        "pseudo_logits": "cosine",
+        "pseudo_scale": 4.0,
+        "detach_prototypes": True,
+        "seen_competition": False,
+        "generate_loss": "bce",
+        "adapter_heads": 4,
+    }
+    model = build(**options)
+    glm, plm = model.glm, model.plm
+    found = {
+        "glm_pooling": glm.pooling,
+        "bank_size": glm.bank._batches.maxlen,
+        "temperature": glm.temperature,
+        "scales": plm.scales,
+        "seeding": plm.seeding,
+        "kmeans_iterations": plm.iterations,
+        "fusion_threshold": plm.threshold,
+        "ignored_share": plm.ignored_share,
+        "potential_slots": plm.slots,
+        "potential_scope": plm.scope,
+        "pseudo_logits": plm.similarity,
+        "pseudo_scale": plm.scale,
+        "detach_prototypes": plm.detach_prototypes,
+        "seen_competition": plm.seen_competition,
+        "generate_loss": plm.generate,
+        "adapter_heads": plm.adapter.attend_self.heads,
+    }
+    assert found == options
+
+
+def test_the_teacher_records_no_gradient_even_for_images_that_do() -> None:
+    model = build()
+    cls, dense = model.encode(torch.rand(1, 3, 32, 32, requires_grad=True))
+    assert not cls.requires_grad and not dense.requires_grad
+
+
 @pytest.mark.parametrize("term", TERMS)
 def test_weights_scale_a_term_and_zero_switches_it_off(term: str) -> None:
     name = f"{term}_weight"

@@ -1,6 +1,8 @@
 """Algorithm 1 against a literal loop over one image, bit for bit."""
 
 import doctest
+import random
+from fractions import Fraction
 
 import pytest
 import torch
@@ -49,6 +51,56 @@ def test_equals_the_literal_loop_on_2400_images(seed: int) -> None:
     valid = torch.rand(B, K) < (0.0, 0.5, 0.9, 1.0)[seed % 4]
     for threshold in (0.8, 0.5, 0.0, 1.0, -0.3, 2**-0.5):
         assert_equals_loop(centers, valid, threshold)
+
+
+def exact_fusion(centers: list[list[int]], valid: list[bool], threshold: Fraction) -> list[int]:
+    """Follow Algorithm 1 in whole numbers: cos > t is a.b > t |a| |b|, squared for t > 0."""
+
+    def similar(a: list[int], b: list[int]) -> bool:
+        dot = sum(x * y for x, y in zip(a, b, strict=True))
+        lengths = sum(x * x for x in a) * sum(x * x for x in b)
+        return dot > 0 and dot * dot > threshold**2 * lengths
+
+    table = [[float(similar(a, b)) for b in centers] for a in centers]
+    return loop_fusion(table, valid, 0.5)
+
+
+def test_equals_exact_arithmetic_on_5000_cases() -> None:
+    """Small whole numbers: many equal centres, opposite ones, K = 1, nothing valid."""
+    # A cosine of exactly 41/50 or 61/100 would need a product a.b that is a multiple of 41 or 61,
+    # and it is at most 36. So no case lies on the threshold, where rounding would decide.
+    rng = random.Random(0)
+    for _ in range(100):
+        K, C = rng.choice((1, 2, 3, 5, 8, 12)), rng.choice((1, 2, 3, 4))
+        threshold, share = rng.choice((41 / 50, 61 / 100)), rng.choice((0.0, 0.5, 0.9, 1.0))
+        exact = Fraction(threshold).limit_denominator(100)
+        images = [random_whole_numbers(rng, K, C) for _ in range(50)]
+        valid = [[rng.random() < share for _ in range(K)] for _ in images]
+        group = fuse_clusters(torch.tensor(images).double(), torch.tensor(valid), threshold)
+        expected = [exact_fusion(*case, exact) for case in zip(images, valid, strict=True)]
+        assert group.tolist() == expected
+
+
+def random_whole_numbers(rng: random.Random, K: int, C: int) -> list[list[int]]:
+    """Draw K vectors, some of them several times, none of them zero."""
+    pool = [[rng.randint(-3, 3) for _ in range(C)] for _ in range(max(1, K // rng.randint(1, 3)))]
+    pool = [vector if any(vector) else [1] * C for vector in pool]
+    return [rng.choice(pool) for _ in range(K)]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6))
+def test_invalid_clusters_are_inert(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    centers = torch.randn(3, 15, 4, generator=generator) + 0.5
+    valid = torch.rand(3, 15, generator=generator) < 0.7
+    group = fuse_clusters(centers, valid)
+    for filler in (0.0, 1.0, float("nan"), float("inf")):
+        spoiled = centers.masked_fill(~valid.unsqueeze(2), filler)
+        assert torch.equal(fuse_clusters(spoiled, valid), group)
+    for b in range(3):  # they may as well not be there
+        alone = fuse_clusters(centers[b : b + 1, valid[b]], valid[b : b + 1, valid[b]])
+        assert torch.equal(alone[0], group[b, valid[b]])
 
 
 @settings(max_examples=60, deadline=None)
@@ -126,6 +178,14 @@ def test_autocast_and_inference_mode_change_nothing() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.inference_mode():
         mixed = fuse_clusters(centers, valid)
     assert torch.equal(mixed, fuse_clusters(centers, valid))
+
+
+def test_autocast_does_not_blur_the_threshold() -> None:
+    # Cosines of 0.801 and 0.799: half precision has no number between them and 0.8.
+    centers = torch.tensor([[[1.0, 0.0], [0.801, 0.598667], [0.799, -0.601331]]])
+    valid = torch.ones(1, 3, dtype=torch.bool)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert fuse_clusters(centers, valid, 0.8).tolist() == [[0, 0, 1]]
 
 
 def test_records_no_gradient() -> None:

@@ -170,6 +170,30 @@ def test_a_single_image_without_history_has_no_negative_and_no_loss() -> None:
     assert features.grad.abs().max() < 1e-6
 
 
+def test_half_precision_features_keep_a_full_precision_softmax() -> None:
+    features, cls = random_step(8, C=16)
+    weights = attention_weights(features.bfloat16(), cls.bfloat16())
+    assert weights.dtype == torch.float32
+    # Twenty numbers that were rounded once each; sums of bfloat16 numbers are off by 1e-3.
+    torch.testing.assert_close(weights.sum(dim=(1, 2)), torch.ones(3), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [0.02, 1.0])
+def test_the_temperature_reaches_the_loss(temperature: float) -> None:
+    features, cls = random_step(9)
+    pooled = torch.nn.functional.normalize(loop_pool(features, cls, "attention"), dim=1)
+    unit = torch.nn.functional.normalize(cls.double(), dim=1)
+    expected = torch.nn.functional.cross_entropy(pooled @ unit.T / temperature, torch.arange(3))
+    loss = GlobalLearningModule(temperature=temperature)(features, cls)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_bank_alone_keeps_no_graph() -> None:
+    bank = CLSBank(2)
+    bank.insert(torch.randn(2, 3, requires_grad=True) * 2)
+    assert not bank.rows().requires_grad and bank.rows().dtype == torch.float32
+
+
 def test_the_bank_keeps_no_graph() -> None:
     module = GlobalLearningModule()
     features, cls = random_step(0)

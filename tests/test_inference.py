@@ -206,7 +206,7 @@ def test_resizing_before_the_network(
     assert labels.shape == (30, 44)
 
 
-def test_resize_follows_the_evaluation_convention(text: Tensor) -> None:
+def test_resize_is_that_of_the_transforms(text: Tensor) -> None:
     image = picture(3, 30, 44)
     resized = resize_keep_ratio(image, (64, 20))
     student = Student()

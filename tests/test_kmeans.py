@@ -3,6 +3,7 @@
 import doctest
 import itertools
 import math
+import warnings
 
 import pytest
 import torch
@@ -150,6 +151,73 @@ def test_result_belongs_together(seed: int, keep: float) -> None:
     torch.testing.assert_close(result.centers.norm(dim=2), torch.ones(3, 7))
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_every_step_agrees_with_scikit_learn(seed: int) -> None:
+    """Lloyd's algorithm there and here, ten steps from the same centres.
+
+    On unit vectors |x - c|^2 = 2 - 2 cos(x, c), so one step from unit centres assigns alike and
+    moves to the same direction; scikit-learn's centres are shorter, so each step starts from ours.
+    """
+    cluster = pytest.importorskip("sklearn.cluster")
+    pairwise = pytest.importorskip("sklearn.metrics")
+    points, centers, _ = random_problem(seed, B=1, N=300, K=7)
+    mask = torch.ones(1, 300, dtype=torch.bool)
+    unit = (points / points.norm(dim=2, keepdim=True))[0].numpy()
+    for iteration in range(10):
+        before = masked_kmeans(points, centers, mask, iteration)
+        assert (before.counts > 0).all()  # scikit-learn would move an empty cluster elsewhere
+        nearest = pairwise.pairwise_distances_argmin(unit, before.centers[0].numpy())
+        assert before.assignment[0].tolist() == nearest.tolist()
+        peer = cluster.KMeans(
+            7, init=before.centers[0].numpy(), n_init=1, max_iter=1, tol=0, algorithm="lloyd"
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # one step does not converge
+            moved = torch.from_numpy(peer.fit(unit).cluster_centers_)
+        after = masked_kmeans(points, centers, mask, iteration + 1)
+        torch.testing.assert_close(
+            after.centers[0], moved / moved.norm(dim=1, keepdim=True), rtol=0, atol=1e-12
+        )
+
+
+def test_separated_clusters_agree_with_scikit_learn_to_the_end() -> None:
+    cluster = pytest.importorskip("sklearn.cluster")
+    generator = torch.Generator().manual_seed(0)
+    blobs = torch.linalg.qr(torch.randn(6, 6, generator=generator, dtype=torch.float64)).Q
+    noise = 0.15 * torch.randn(6, 40, 6, generator=generator, dtype=torch.float64)
+    points = (blobs[:, None] + noise).reshape(1, 240, 6)
+    start = points[:, ::40] / points[:, ::40].norm(dim=2, keepdim=True)
+    unit = (points / points.norm(dim=2, keepdim=True))[0].numpy()
+    peer = cluster.KMeans(6, init=start[0].numpy(), n_init=1, algorithm="lloyd").fit(unit)
+    ours = masked_kmeans(points, start, torch.ones(1, 240, dtype=torch.bool))
+    assert ours.assignment[0].tolist() == peer.labels_.tolist()
+    assert ours.assignment[0].tolist() == [k for k in range(6) for _ in range(40)]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6))
+def test_the_order_of_the_tokens_does_not_matter(seed: int) -> None:
+    points, centers, mask = random_problem(seed)
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(seed))
+    first = masked_kmeans(points, centers, mask)
+    second = masked_kmeans(points[:, order], centers, mask[:, order])
+    assert torch.equal(first.assignment[:, order], second.assignment)
+    assert torch.equal(first.counts, second.counts)
+    # Only the order of the sums differs: some rounding of numbers up to 1.
+    torch.testing.assert_close(first.centers, second.centers, rtol=0, atol=1e-13)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6))
+def test_permuted_centers_give_permuted_clusters(seed: int) -> None:
+    points, centers, mask = random_problem(seed)
+    order = torch.tensor([4, 0, 6, 2, 5, 1, 3])
+    first = masked_kmeans(points, centers, mask)
+    second = masked_kmeans(points, centers[:, order], mask)
+    assert torch.equal(first.counts[:, order], second.counts)
+    torch.testing.assert_close(first.centers[:, order], second.centers, rtol=0, atol=1e-13)
+
+
 def test_batch_equals_singles() -> None:
     points, centers, mask = random_problem(0, B=5)
     batch = masked_kmeans(points, centers, mask)
@@ -200,6 +268,15 @@ def test_cluster_whose_tokens_cancel_keeps_its_center() -> None:
     assert result.counts.tolist() == [[2]]
 
 
+def test_cluster_whose_tokens_cancel_but_for_rounding_keeps_its_center() -> None:
+    angles = torch.tensor([0.1, 0.1 + 2 * math.pi / 3, 0.1 + 4 * math.pi / 3])
+    points = torch.stack([angles.cos(), angles.sin(), torch.zeros(3)], dim=1)[None]
+    assert 0 < points.sum(dim=1).norm() < 1e-6  # what is left is noise and no direction
+    center = torch.tensor([[[0.0, 0.0, 1.0]]])
+    result = masked_kmeans(points, center, torch.ones(1, 3, dtype=torch.bool))
+    assert torch.equal(result.centers, center)
+
+
 def test_ties_go_to_the_lowest_index() -> None:
     centers = torch.eye(4)[None, [3, 1, 1, 3]]
     assignment = assign_clusters(torch.eye(4)[None], centers, torch.ones(1, 4, dtype=torch.bool))
@@ -222,6 +299,15 @@ def test_computes_in_full_precision(dtype: torch.dtype) -> None:
     assert plain.centers.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     for a, b in zip(plain, mixed, strict=True):
         assert torch.equal(a, b)
+
+
+def test_autocast_does_not_blur_near_ties() -> None:
+    # Both cosines, 0.99995 and 1, are 1 in half precision.
+    centers = torch.tensor([[[math.cos(0.01), math.sin(0.01)], [1.0, 0.0]]])
+    points, mask = torch.tensor([[[3.0, 0.0]]]), torch.ones(1, 1, dtype=torch.bool)
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype=dtype):
+            assert assign_clusters(points, centers, mask).tolist() == [[1]]
 
 
 def test_is_deterministic_and_records_no_gradient() -> None:

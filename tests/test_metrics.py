@@ -48,6 +48,12 @@ def test_matrix_takes_small_integers_and_spurious_predictions_where_ignored() ->
     assert matrix.sum() == 2
 
 
+def test_another_ignore_index_reaches_the_matrix() -> None:
+    result = SegmentationMetrics(3, ignore_index=0)
+    result.update(torch.tensor([1, 2, 1]), torch.tensor([1, 1, 0]))
+    assert result.matrix.tolist() == [[0, 0, 0], [0, 1, 1], [0, 0, 0]]
+
+
 def test_matrix_of_ignored_pixels_is_zero() -> None:
     everything = torch.full((4, 4), 7)
     assert confusion_matrix(everything, everything, 3, ignore_index=7).sum() == 0

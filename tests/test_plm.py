@@ -1,6 +1,7 @@
 """The Pixel Learning Module against loops over images, pixels and classes."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -257,6 +258,48 @@ def test_without_any_label_the_cross_entropy_is_zero(seen_competition: bool) -> 
     assert not seen.grad.any() and not potential.grad.any()
 
 
+# --- gradients in float64 ---------------------------------------------------------------------
+
+
+def leaf(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=seeded(seed), dtype=torch.float64, requires_grad=True)
+
+
+def test_gradcheck_of_the_prototypes() -> None:
+    labels = torch.randint(-1, 4, (2, 3, 2), generator=seeded(1))
+    assert torch.autograd.gradcheck(
+        lambda features: class_prototypes(features, labels, 5)[0], leaf(2, 3, 3, 2)
+    )
+
+
+@pytest.mark.parametrize("kind", ["mse", "bce"])
+def test_gradcheck_of_the_generate_loss(kind: str) -> None:
+    text = F.normalize(leaf(4, 3, seed=1).detach(), dim=1)
+    present = torch.tensor([True, False, True, True])
+    assert torch.autograd.gradcheck(lambda x: generate_loss(x, text, present, kind), leaf(4, 3))
+
+
+@pytest.mark.parametrize("per_image", [False, True])
+@pytest.mark.parametrize("similarity", ["dot", "cosine"])
+def test_gradcheck_of_the_scores(similarity: str, per_image: bool) -> None:
+    present = torch.tensor([True, False, True])
+    present = present.expand(2, 3) if per_image else present
+    weights = leaf(2, 3, 4, seed=1) if per_image else leaf(3, 4, seed=1)
+    assert torch.autograd.gradcheck(
+        lambda features, rows: score_classes(features, rows, 1.5, similarity, present),
+        (leaf(2, 4, 2, 3), weights),
+    )
+
+
+@pytest.mark.parametrize("seen_competition", [True, False])
+def test_gradcheck_of_the_cross_entropy(seen_competition: bool) -> None:
+    labels = torch.randint(-1, 5, (2, 2, 3), generator=seeded(2))
+    assert torch.autograd.gradcheck(
+        lambda seen, potential: pixel_cross_entropy(seen, potential, labels, seen_competition),
+        (leaf(2, 3, 2, 3), leaf(2, 2, 2, 3, seed=1)),
+    )
+
+
 # --- the module -------------------------------------------------------------------------------
 
 
@@ -275,7 +318,8 @@ def loop_group_tokens(dense: Tensor, labels: Tensor, options: dict) -> Tensor:
             continue
         points = torch.stack([dense[b, :, y, x] for y, x in places])[None]
         everything = torch.ones(1, len(places), dtype=torch.bool)
-        centers = multiscale_centers(dense[b : b + 1], options["scales"])
+        seeding = options.get("seeding", "grid")
+        centers = multiscale_centers(dense[b : b + 1], options["scales"], seeding)
         clusters = masked_kmeans(points, centers, everything, options["iterations"])
         groups = fuse_clusters(clusters.centers, clusters.counts > 0, options["threshold"])
         for (y, x), cluster in zip(places, clusters.assignment[0].tolist(), strict=True):
@@ -326,13 +370,22 @@ def literal_losses(
     """Eq. (7)-(10) over lists: no slots, no absent classes, no bias."""
     features, seen_logits, dense, cls, labels, text = batch
     ids, slots = module.make_targets(dense, labels, features.shape[2:], S)
+    dot = module.similarity == "dot"
+    compare = torch.dot if dot else partial(torch.cosine_similarity, dim=0)
     prototypes = loop_prototypes(features, ids, 10**6)
     names = sorted(prototypes)
     rows = torch.stack([prototypes[name] for name in names])
     made = module.adapter(rows, cls, torch.ones(len(names), dtype=torch.bool))
     P = dict(zip(names, made, strict=True))
     seen_here = [name for name in names if name < S]
-    generate = sum(((P[i] - text[i]) ** 2).sum() for i in seen_here) / len(seen_here)
+    if module.generate == "mse":
+        each = [((P[i] - text[i]) ** 2).sum() for i in seen_here]
+    else:  # row i of the identity, one logistic at a time
+        each = [
+            sum(F.softplus(-(P[i] @ text[k]) if i == k else P[i] @ text[k]) for k in range(S)) / S
+            for i in seen_here
+        ]
+    generate = sum(each) / len(seen_here)
     terms = []
     for b in range(B):
         for y in range(features.shape[2]):
@@ -344,7 +397,7 @@ def literal_losses(
                 for i in (i for i in names if i >= S):
                     mine = (i - S) // slots == b
                     if (mine or scope == "batch") and (competition or own >= S):
-                        scores[i] = features[b, :, y, x] @ P[i]
+                        scores[i] = module.scale * compare(features[b, :, y, x], P[i])
                 total = torch.stack(list(scores.values())).logsumexp(0)
                 terms.append(total - scores[own])
     return torch.stack(terms).mean(), generate
@@ -363,6 +416,41 @@ def test_losses_equal_a_loop_over_pixels(adapter: str, scope: str, competition: 
     ce, generate = literal_losses(module, batch, scope, competition)
     torch.testing.assert_close(losses.ce, ce, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(losses.generate, generate, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("scope", ["batch", "image"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"generate": "bce"},
+        {"similarity": "cosine"},
+        {"scale": 3.0},
+        {"similarity": "cosine", "scale": 10.0, "generate": "bce", "seeding": "window"},
+        {"seeding": "sliding", "scales": (2, 3), "threshold": 0.9},
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_every_option_equals_the_loop(options: dict[str, object], scope: str) -> None:
+    torch.manual_seed(0)
+    module = PixelLearningModule(C, **{**SCENE, **options}, scope=scope)
+    batch = random_batch(11)
+    losses = module(*batch)
+    ce, generate = literal_losses(module, batch, scope, True)
+    # Sums of a few hundred float32 terms near 1, in another order.
+    torch.testing.assert_close(losses.ce, ce, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(losses.generate, generate, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("seeding", "scales", "K"),
+    [("grid", (1, 3), 10), ("window", (2, 3), 20), ("sliding", (2, 3), 85)],
+)
+def test_the_seeding_reaches_the_clusters(seeding: str, scales: tuple[int, ...], K: int) -> None:
+    module = PixelLearningModule(C, **{**SCENE, "seeding": seeding, "scales": scales})
+    _, _, dense, _, labels, _ = random_batch(12)
+    groups, num_clusters = module.group_tokens(dense, labels)
+    assert num_clusters == K  # of 8 x 8 tokens
+    assert torch.equal(groups, loop_group_tokens(dense, labels, vars(module)))
 
 
 def test_gradients_equal_those_of_the_loop() -> None:

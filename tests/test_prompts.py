@@ -37,6 +37,17 @@ def test_templates() -> None:
     assert all(template.count("{}") == 1 for template in ENSEMBLE)
 
 
+def test_the_fifteen_templates_word_for_word() -> None:
+    """ZegCLIP's list is a grammar: four sizes, twice, then seven sentences about the scene."""
+    sizes = ("a", "a small", "a medium", "a large")
+    beginnings = ("a", "a photo of a", "There is a", "There is the", "This is a", "This is the")
+    assert ENSEMBLE == (
+        *(f"a photo of {size} {{}}." for size in sizes),
+        *(f"This is a photo of {size} {{}}." for size in sizes),
+        *(f"{words} {{}} in the scene." for words in (*beginnings, "This is one")),
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "cleaned"),
     [

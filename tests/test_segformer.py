@@ -144,12 +144,15 @@ def test_encoder_alone_matches_hugging_face() -> None:
         torch.testing.assert_close(value, head[key], rtol=0, atol=0)
 
 
-def test_b0_matches_hugging_face() -> None:
-    config = SEGFORMER_CONFIGS["segformer_b0"]
+@pytest.mark.parametrize("name", ["segformer_b0", "segformer_b2"])
+@pytest.mark.parametrize("size", [(75, 94), (64, 128)])
+def test_published_sizes_match_hugging_face(name: str, size: tuple[int, int]) -> None:
+    """Encoder and decode head, every tensor perturbed; one size is no multiple of 32."""
+    config = SEGFORMER_CONFIGS[name]
     reference = hugging_face(config, 19, "SegformerForSemanticSegmentation")
     ours = Segformer(config, 19).eval()
     load_segformer_weights(ours, convert_segformer_keys(published_names(reference)))
-    images = torch.rand(1, 3, 75, 94)
+    images = torch.rand(1, 3, *size)
     with torch.no_grad():
         normalised = (images - ours.mean) / ours.std
         expected = reference(normalised, output_hidden_states=True)

@@ -1,5 +1,7 @@
 """CLIP's tokenizer: the same ids as the published one, and clear errors."""
 
+import random
+import string
 import subprocess
 import sys
 
@@ -9,7 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cliptteacher.clip import tokenizer as module
+from cliptteacher.clip.prompts import ENSEMBLE, class_prompts
 from cliptteacher.clip.tokenizer import clean_text, load_tokenizer, tokenize
+from cliptteacher.data.coco_stuff import CLASS_NAMES as COCO_STUFF_NAMES
+from cliptteacher.data.miniworld import CLASS_NAMES as MINIWORLD_NAMES
+from cliptteacher.data.pascal_context import CLASS_NAMES as PASCAL_CONTEXT_NAMES
+from cliptteacher.data.voc import CLASS_NAMES as VOC_NAMES
 
 START, END = 49406, 49407
 
@@ -136,6 +143,93 @@ def test_same_ids_as_open_clip(peer, texts: list[str]) -> None:  # type: ignore[
     ours = tokenize(joined, truncate=True)
     assert torch.equal(ours, peer(joined))
     assert [load_tokenizer().encode(text) for text in joined] == [peer.encode(t) for t in joined]
+
+
+CONTRACTIONS = ("'s", "'t", "'re", "'ve", "'m", "'ll", "'d")
+
+
+def test_contractions_equal_open_clip_s_in_any_case(peer) -> None:  # type: ignore[no-untyped-def]
+    for mark in CONTRACTIONS:
+        for text in (
+            f"they{mark} it",
+            f"THEY{mark.upper()}x",
+            mark,
+            f"{mark}{mark}",
+            f"a {mark} b",
+        ):
+            assert load_tokenizer().encode(text) == peer.encode(text), text
+    assert load_tokenizer().encode("it'ſ") == peer.encode("it'ſ")  # a long s is an s to `regex`
+
+
+def generate_text(rng: random.Random) -> str:
+    """Draw a string from everything that Unicode has, with what CLIP's cleaning looks for."""
+
+    def character() -> str:
+        first, last = rng.choice(RANGES)
+        return chr(rng.randint(first, last))
+
+    def entity() -> str:
+        name = rng.choice(ENTITIES)
+        return "&" + "amp;" * rng.randint(0, 2) + name + ";" * rng.randint(0, 1)
+
+    def mangled() -> str:
+        word = "".join(rng.choice("äéñçöüß€œ日本") for _ in range(rng.randint(1, 5)))
+        return word.encode().decode(rng.choice(("latin-1", "cp1252")), errors="replace")
+
+    def word() -> str:
+        letters = "".join(rng.choice(string.ascii_letters) for _ in range(rng.randint(1, 12)))
+        return letters + rng.choice(("", "", "'s", "'VE", "-", "12", "."))
+
+    kinds = (word, word, character, entity, mangled, lambda: rng.choice(PIECES))
+    length = rng.choice((1, 2, 4, 8, 16, 40))
+    if rng.random() < 0.002:
+        length = 2000  # very long: some 10,000 characters
+    return "".join(rng.choice(kinds)() + rng.choice(("", "", " ", "\n")) for _ in range(length))
+
+
+# First and last code points: ASCII, controls, Latin, combining, Cyrillic, Arabic, Indic, general
+# punctuation, symbols, CJK, Hangul, private use, variation selectors, emoji, tags.
+RANGES = (
+    *((0x20, 0x7E), (0x00, 0x1F), (0x7F, 0x9F), (0xA0, 0x24F), (0x300, 0x36F), (0x400, 0x4FF)),
+    *((0x600, 0x6FF), (0x900, 0xDFF), (0x2000, 0x206F), (0x20A0, 0x27BF), (0x3000, 0x9FFF)),
+    *((0xAC00, 0xD7A3), (0xE000, 0xF8FF), (0xFB00, 0xFE0F), (0xFF00, 0xFFFD)),
+    *((0x1D400, 0x1D7FF), (0x1F300, 0x1FAFF), (0xE0000, 0xE007F)),
+)
+ENTITIES = (
+    *("lt", "gt", "amp", "quot", "nbsp", "eacute", "Eacute", "copy", "hellip", "not", "notin"),
+    *("#39", "#x27", "#128512", "#x1F642", "#0", "#xD800", "unknown", "#"),
+)
+
+
+@pytest.mark.parametrize(
+    ("seed", "count"), [(0, 1000), pytest.param(1, 20_000, marks=pytest.mark.slow)]
+)
+def test_generated_strings_have_open_clip_s_ids(peer, seed: int, count: int) -> None:  # type: ignore[no-untyped-def]
+    rng, tokenizer = random.Random(seed), load_tokenizer()
+    too_long = 0
+    for first in range(0, count, 500):
+        texts = [generate_text(rng) for _ in range(500)]
+        encoded = [peer.encode(text) for text in texts]
+        assert [tokenizer.encode(text) for text in texts] == encoded
+        assert torch.equal(tokenize(texts, truncate=True), peer(texts))
+        for text, ids in zip(texts, encoded, strict=True):
+            if len(ids) > 75:  # OpenAI's function raises here, open_clip's cuts
+                too_long += 1
+                with pytest.raises(ValueError, match=f"fit into 77 tokens, got {len(ids) + 2} for"):
+                    tokenize(text)
+            elif first == 0:
+                assert tokenize(text)[0].tolist() == [START, *ids, END, *[0] * (75 - len(ids))]
+    assert count / 100 < too_long < count / 2
+
+
+@pytest.mark.slow
+def test_every_class_name_in_every_template(peer) -> None:  # type: ignore[no-untyped-def]
+    names = {*VOC_NAMES, *COCO_STUFF_NAMES, *PASCAL_CONTEXT_NAMES, *MINIWORLD_NAMES}
+    assert len(names) > 200
+    prompts = [*class_prompts(sorted(names), "single"), *class_prompts(sorted(names), "ensemble")]
+    assert torch.equal(tokenize(prompts), peer(prompts))
+    raw = [template.format(name) for name in sorted(names) for template in ENSEMBLE]
+    assert torch.equal(tokenize(raw), peer(raw))
 
 
 @settings(max_examples=300, deadline=None)

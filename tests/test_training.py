@@ -135,6 +135,43 @@ def test_rate_and_decay_of_a_segformer_by_name() -> None:
         assert decay == (0.0 if ".norm" in name else 0.01), name
 
 
+FPN = {
+    "segmenter.stem.0.weight": (6e-5, 0.01),
+    "segmenter.stem.1.weight": (6e-5, 0.0),
+    "segmenter.stages.0.0.first.0.weight": (6e-5, 0.01),
+    "segmenter.stages.3.1.second.1.bias": (6e-5, 0.0),
+    "plm.adapter.norm_mlp.bias": (6e-4, 0.0),
+    "plm.adapter.attend_self.query.weight": (6e-4, 0.01),
+}
+
+
+def test_rate_and_decay_of_the_pyramid_by_name() -> None:
+    rates = rates_by_name(teach(build_segmenter("fpn_small", 16)))
+    for name, expected in FPN.items():
+        assert rates[name] == pytest.approx(expected), name
+    head = [rate for name, (rate, _) in rates.items() if name.startswith("segmenter.head.")]
+    assert len(head) > 8 and head == pytest.approx([6e-4] * len(head))
+
+
+PUBLISHED = [name for name in list_segmenters() if name.startswith(("fpn", "segformer"))]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_rate_and_decay_of_every_parameter_by_its_owner(name: str) -> None:
+    """The rule said again: norms (all that the networks have) bare, the head ten times as fast."""
+    with torch.device("meta"):
+        segmenter = build_segmenter(name, 16)
+    model = teach(segmenter)
+    rates = rates_by_name(model)
+    owners = dict(model.named_modules())
+    for path, _ in model.named_parameters():
+        owner = type(owners[path.rpartition(".")[0]]).__name__
+        head = path.startswith(("segmenter.head.", "plm.adapter."))
+        bare = owner in ("LayerNorm", "BatchNorm2d")
+        assert bare or owner in ("Linear", "Conv2d"), owner  # a new kind needs a decision
+        assert rates[path] == pytest.approx((6e-4 if head else 6e-5, 0.0 if bare else 0.01)), path
+
+
 def test_every_parameter_is_in_one_group() -> None:
     model = teach(build_segmenter("segformer_nano", 16))
     groups = parameter_groups(model, 6e-5, 0.01)

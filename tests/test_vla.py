@@ -85,6 +85,24 @@ def test_the_decoder_equals_a_literal_layer() -> None:
     torch.testing.assert_close(layer(*sets), literal_decoder(layer, *sets), rtol=1e-10, atol=1e-10)
 
 
+def test_the_sizes_are_those_of_one_decoder_layer() -> None:
+    shapes = {name: tuple(p.shape) for name, p in DecoderAdapter(16).named_parameters()}
+    expected = {f"norm_{part}.{kind}": (16,) for part in ("self", "cross", "mlp")
+                for kind in ("weight", "bias")}  # fmt: skip
+    for part in ("self", "cross"):
+        for layer, rows in (("query", 16), ("key_value", 32), ("out", 16)):
+            expected[f"attend_{part}.{layer}.weight"] = (rows, 16)
+            expected[f"attend_{part}.{layer}.bias"] = (rows,)
+    expected |= {"mlp.0.weight": (64, 16), "mlp.0.bias": (64,)}  # 4C
+    expected |= {"mlp.2.weight": (16, 64), "mlp.2.bias": (16,)}
+    assert shapes == expected
+    shapes = {name: tuple(p.shape) for name, p in MLPAdapter(16).named_parameters()}
+    assert shapes == {
+        **{"mlp.0.weight": (16, 16), "mlp.0.bias": (16,)},
+        **{"mlp.2.weight": (16, 16), "mlp.2.bias": (16,)},
+    }
+
+
 def test_the_mlp_is_linear_relu_linear_of_each_row() -> None:
     adapter = build("mlp")
     prototypes, cls, present = random_sets()

@@ -4,9 +4,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .benchmark import Benchmark as Benchmark
+    from .catalog import BENCHMARKS as BENCHMARKS
     from .catalog import open_dataset as open_dataset
+    from .check import check_benchmark as check_benchmark
+    from .check import check_folder as check_folder
     from .folder import FolderDataset as FolderDataset
     from .miniworld import MiniWorld as MiniWorld
+    from .prepare import prepare_benchmark as prepare_benchmark
     from .splits import IGNORE_INDEX as IGNORE_INDEX
     from .splits import ClassSplit as ClassSplit
     from .splits import SeenOnly as SeenOnly
@@ -17,6 +22,8 @@ if TYPE_CHECKING:
     from .transforms import training_transform as training_transform
 
 _HOME = {
+    "BENCHMARKS": "catalog",
+    "Benchmark": "benchmark",
     "ClassSplit": "splits",
     "FolderDataset": "folder",
     "IGNORE_INDEX": "splits",
@@ -24,7 +31,10 @@ _HOME = {
     "SeenOnly": "splits",
     "SegmentationDataset": "splits",
     "TrainingStream": "stream",
+    "check_benchmark": "check",
+    "check_folder": "check",
     "open_dataset": "catalog",
+    "prepare_benchmark": "prepare",
     "rank_indices": "stream",
     "resize_keep_ratio": "transforms",
     "training_transform": "transforms",

@@ -56,10 +56,10 @@ def resize_keep_ratio(image: Tensor, scale: tuple[float, float] = (2048, 512)) -
         scale: limits of the long and of the short side, in pixels.
 
     Returns:
-        Resized image of the same dtype. No antialiasing, the convention of the benchmarks.
+        Resized image of the same dtype, shrunk with antialiasing as in training.
     """
     size = keep_ratio_size(image.shape[-2], image.shape[-1], scale)
-    resized: Tensor = F.resize(image, list(size), InterpolationMode.BILINEAR, antialias=False)
+    resized: Tensor = F.resize(image, list(size), InterpolationMode.BILINEAR, antialias=True)
     return resized
 
 

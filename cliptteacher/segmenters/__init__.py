@@ -18,13 +18,21 @@ from torch import nn
 from .adapt import AdaptedSegmenter, adapt_segmenter
 from .fpn import FPNSegmenter
 from .segformer import SEGFORMER_CONFIGS, Segformer, SegformerConfig
+from .segnext import SEGNEXT_CONFIGS, SegNeXt, SegNeXtConfig
+from .segnext_weights import load_segnext_weights, read_segnext_weights
+from .swin import SWIN_CONFIGS, Swin, SwinConfig
+from .swin_weights import load_swin_weights, read_swin_weights
 from .weights import load_segformer_weights, read_segformer_weights
 
 __all__ = [
     "AdaptedSegmenter",
     "FPNSegmenter",
+    "SegNeXt",
+    "SegNeXtConfig",
     "Segformer",
     "SegformerConfig",
+    "Swin",
+    "SwinConfig",
     "adapt_segmenter",
     "build_segmenter",
     "list_segmenters",
@@ -48,7 +56,7 @@ def build_segmenter(
         options: Fields of the configuration of the family, such as `drop_path=0.0`.
 
     Returns:
-        A network from images (B, 3, H, W) in [0, 1] to features (B, C, H/4, W/4).
+        A network from images (B, 3, H, W) in [0, 1] to features (B, C, H/s, W/s), s its `stride`.
 
     Raises:
         ValueError: If the name or an option is unknown, or the weights do not fit.
@@ -67,10 +75,7 @@ def build_segmenter(
 def _build_segformer(
     name: str, channels: int, weights: str | Path | None, options: dict[str, object]
 ) -> Segformer:
-    known = [field.name for field in fields(SegformerConfig)]
-    for option in options:
-        if option not in known:
-            raise ValueError(f"{name} has no option {option!r}; {_suggest(option, known)}")
+    _check_options(name, options, [field.name for field in fields(SegformerConfig)])
     state = {} if weights is None else read_segformer_weights(name, weights)
     if "head.fuse.weight" in state:
         # A published head knows its width, which differs between releases of the same size.
@@ -82,16 +87,39 @@ def _build_segformer(
     return model
 
 
+def _build_segnext(
+    name: str, channels: int, weights: str | Path | None, options: dict[str, object]
+) -> SegNeXt:
+    _check_options(name, options, [field.name for field in fields(SegNeXtConfig)])
+    model = SegNeXt(replace(SEGNEXT_CONFIGS[name], **options), channels)  # type: ignore[arg-type]
+    if weights is not None:
+        load_segnext_weights(model, read_segnext_weights(name, weights))
+    return model
+
+
+def _build_swin(
+    name: str, channels: int, weights: str | Path | None, options: dict[str, object]
+) -> Swin:
+    _check_options(name, options, [field.name for field in fields(SwinConfig)])
+    model = Swin(replace(SWIN_CONFIGS[name], **options), channels)  # type: ignore[arg-type]
+    if weights is not None:
+        load_swin_weights(model, read_swin_weights(name, weights))
+    return model
+
+
 def _build_fpn(
     channels: int, weights: str | Path | None, options: dict[str, object]
 ) -> FPNSegmenter:
     if weights is not None:
         raise ValueError(f"fpn_small has no published weights, got {weights!r}; leave them out")
-    known = list(inspect.signature(FPNSegmenter).parameters)[1:]
+    _check_options("fpn_small", options, list(inspect.signature(FPNSegmenter).parameters)[1:])
+    return FPNSegmenter(channels, **options)  # type: ignore[arg-type]
+
+
+def _check_options(name: str, options: dict[str, object], known: list[str]) -> None:
     for option in options:
         if option not in known:
-            raise ValueError(f"fpn_small has no option {option!r}; {_suggest(option, known)}")
-    return FPNSegmenter(channels, **options)  # type: ignore[arg-type]
+            raise ValueError(f"{name} has no option {option!r}; {_suggest(option, known)}")
 
 
 def _suggest(unknown: str, known: list[str]) -> str:
@@ -103,4 +131,6 @@ def _suggest(unknown: str, known: list[str]) -> str:
 _BUILDERS: dict[str, Callable[[int, str | Path | None, dict[str, object]], nn.Module]] = {
     "fpn_small": _build_fpn,
     **{name: partial(_build_segformer, name) for name in SEGFORMER_CONFIGS},
+    **{name: partial(_build_segnext, name) for name in SEGNEXT_CONFIGS},
+    **{name: partial(_build_swin, name) for name in SWIN_CONFIGS},
 }

@@ -23,7 +23,7 @@ from typing import Any, Literal, get_args, get_origin
 class TrainConfig:
     """What a training run is, apart from the method's own options."""
 
-    data: Literal["miniworld", "folder"] = "miniworld"  # kind of data set
+    data: Literal["miniworld", "folder", "voc", "coco_stuff", "pascal_context"] = "miniworld"
     root: str | None = None  # folder of the data set
     clip: str = "ViT-B/16"  # teacher: a name or a path for load_clip
     segmenter: str = "segformer_b0"  # student, see list_segmenters()
@@ -40,6 +40,7 @@ class TrainConfig:
     eval_split: str = "val"  # evaluated on the way
     test_split: str = "val"  # evaluated at the end
     eval_mode: Literal["whole", "slide"] = "whole"
+    eval_resize: tuple[int, int] | None = None  # (long, short) sides to fit images into
     log_interval: int = 50  # iterations
     device: Literal["auto", "cpu", "cuda"] = "auto"
     workers: int = 0  # data loading processes per training process
@@ -68,9 +69,9 @@ class TrainConfig:
         for name in ("iterations", "batch_size", "crop", "log_interval", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}")
-        if self.data == "folder" and self.root is None:
+        if self.data != "miniworld" and self.root is None:
             raise ValueError(
-                "`root` must name the folder of the data set for data=folder, got none"
+                f"`root` must name the folder of the data set for data={self.data}, got none"
             )
 
 

@@ -18,7 +18,7 @@ def parameter_groups(
     learning_rate: float,
     weight_decay: float,
     head_multiplier: float = 10.0,
-    head_prefixes: tuple[str, ...] = ("segmenter.head", "plm.adapter"),
+    head_prefixes: tuple[str, ...] = ("segmenter.head", "segmenter.auxiliary", "plm.adapter"),
 ) -> list[dict[str, Any]]:
     """Sort trainable parameters by learning rate and weight decay.
 

@@ -45,11 +45,11 @@ def miniworld() -> dict[str, Any]:
         **_GENTLE_PSEUDO_LABELS,
         "data": "miniworld",
         "clip": "miniworld",
-        "iterations": 1200,
+        "iterations": 1800,
         "resize": (128, 128),
         "ratio": (0.75, 1.5),
         "photometric": False,
-        "eval_interval": 400,
+        "eval_interval": 600,
         "test_split": "test",
         "gamma": 0.5,
     }
@@ -61,11 +61,13 @@ def folder() -> dict[str, Any]:
         **_FROM_SCRATCH,
         **_GENTLE_PSEUDO_LABELS,
         "data": "folder",
-        "iterations": 1000,
-        "resize": (320, 213),
-        "ratio": (0.5, 1.25),
-        "eval_interval": 500,
-        "gamma": 0.5,
+        "iterations": 3000,
+        "crop": 96,
+        "resize": (160, 107),
+        "ratio": (0.75, 1.75),
+        "eval_resize": (160, 107),
+        "eval_interval": 1000,
+        "gamma": 0.0,
     }
 
 
@@ -80,6 +82,11 @@ _RECIPES = {recipe.__name__: recipe for recipe in (miniworld, folder, paper)}
 def list_recipes() -> list[str]:
     """Names of all recipes."""
     return list(_RECIPES)
+
+
+def default_recipe(data: str) -> str:
+    """Name the recipe for a kind of data: its own, or that of the paper."""
+    return data if data in _RECIPES else "paper"
 
 
 def get_recipe(name: str) -> dict[str, Any]:

@@ -1,0 +1,210 @@
+"""Say what is wrong with a data set in the folder format, all of it and not only the first thing.
+
+Sketch: the description; the split files; which listed images and labels are missing; then every
+pair is read as training would read it, in parallel. Problems stop a training run or spoil it;
+notes are worth knowing. Cost: the decoding of every image once.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from .benchmark import Benchmark
+from .download import Progress
+from .folder import IMAGE_SUFFIXES, FolderDataset
+from .parallel import parallel_map
+from .prepare import missing_archives
+
+_SHOWN = 10  # examples of one kind of problem
+_RANGES = 16  # per process; each opens the data set anew
+
+
+@dataclass
+class Report:
+    """What a check has found."""
+
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    counts: dict[str, int] = field(default_factory=dict)  # images of each split
+
+
+def check_folder(root: str | Path, *, workers: int = 1, progress: Progress | None = None) -> Report:
+    """Check a data set of one's own.
+
+    Args:
+        root: its folder, see `FolderDataset`.
+        workers: processes that read.
+        progress: called with the name of the split, images read and images in total.
+    """
+    root, report = Path(root), Report()
+    if not root.is_dir():
+        report.problems.append(f"{root} must be a folder, but there is none; check --root")
+        return report
+    names = _read_splits(root, report)
+    for split in ("train", "val"):
+        if split not in names:
+            report.problems.append(
+                f"{root / split}.txt must list the images of split {split!r}, but there is no "
+                "such file; write one name a line, without its extension"
+            )
+    incomplete = _compare_files(root, names, report)
+    _compare_splits(names, report)
+    for split in sorted(names):
+        report.counts[split] = len(names[split])
+        _read_split(root, split, report, incomplete, workers, progress)
+    report.problems = list(dict.fromkeys(report.problems))  # each split tells of dataset.json
+    return report
+
+
+def check_benchmark(
+    benchmark: Benchmark,
+    root: str | Path,
+    *,
+    workers: int = 1,
+    progress: Progress | None = None,
+) -> Report:
+    """Check a benchmark that `prepare_benchmark` has written, or say what it would have to fetch.
+
+    Args: as in `check_folder`.
+    """
+    root = Path(root)
+    if not (root / "dataset.json").exists():
+        lacking = [f"{a.yields} (from {a.file})" for a in missing_archives(benchmark, root)]
+        what = f"missing: {', '.join(lacking)}" if lacking else "the labels are not converted yet"
+        return Report([f"{root} must hold {benchmark.name}, prepared; {what}; run without --check"])
+    report = check_folder(root, workers=workers, progress=progress)
+    for split, count in benchmark.counts.items():
+        found = report.counts.get(split, 0)
+        if found != count:
+            report.problems.append(f"{split}.txt must list {count} images, got {found}")
+    try:
+        dataset = FolderDataset(root, next(iter(benchmark.counts)))
+    except (OSError, ValueError):
+        return report  # check_folder has told of it
+    unseen = tuple(dataset.class_names[index] for index in dataset.unseen)
+    if (dataset.class_names, unseen) != (benchmark.class_names, benchmark.unseen):
+        report.problems.append(
+            f"{root / 'dataset.json'} must hold the classes of {benchmark.name}, got others; "
+            "delete it and run without --check"
+        )
+    return report
+
+
+def _read_lines(path: Path) -> list[str]:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [line.strip() for line in lines if line.strip()]
+
+
+def _read_splits(root: Path, report: Report) -> dict[str, list[str]]:
+    """Read the names of each split; a text file that names no image is none."""
+    images = {path.stem for path in root.glob("images/*")}
+    names: dict[str, list[str]] = {}
+    for path in sorted(root.glob("*.txt")):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        listed = [line.strip() for line in lines if line.strip()]
+        if path.stem in ("train", "val") or images.intersection(listed):
+            names[path.stem] = listed
+        else:
+            report.notes.append(f"{path.name} names none of the images and is not a split")
+    return names
+
+
+def _compare_files(root: Path, names: dict[str, list[str]], report: Report) -> set[str]:
+    """Look for both halves of every pair, and for files in no split; returns incomplete splits."""
+    incomplete: set[str] = set()
+    listed = {name for split in names.values() for name in split}
+    for folder, suffixes in (("images", IMAGE_SUFFIXES), ("labels", (".png",))):
+        if not (root / folder).is_dir():
+            report.problems.append(f"{root / folder} must be a folder, but there is none")
+            incomplete.update(names)
+            continue
+        files = [path for path in (root / folder).iterdir() if path.suffix.lower() in suffixes]
+        existing = {path.stem for path in files if path.exists()}  # False for a broken link
+        for split, wanted in sorted(names.items()):
+            missing = [name for name in wanted if name not in existing]
+            if missing:
+                incomplete.add(split)
+                report.problems.append(
+                    f"{folder}: {len(missing)} of {len(wanted)} files of {split}.txt are missing: "
+                    f"{_some(missing)}"
+                )
+        unused = sorted(existing - listed)
+        if unused:
+            report.notes.append(f"{folder}: {len(unused)} in no split: {_some(unused)}")
+    return incomplete
+
+
+def _compare_splits(names: dict[str, list[str]], report: Report) -> None:
+    for split, listed in sorted(names.items()):
+        twice = [name for name, count in Counter(listed).items() if count > 1]
+        if twice:
+            report.problems.append(f"{split}.txt lists images more than once: {_some(twice)}")
+    both = sorted(set(names.get("train", ())) & set(names.get("val", ())))
+    if both:
+        report.problems.append(
+            f"{len(both)} images are in train.txt and in val.txt, so that scores would be of "
+            f"images trained on: {_some(both)}"
+        )
+
+
+def _read_split(
+    root: Path,
+    split: str,
+    report: Report,
+    incomplete: set[str],
+    workers: int,
+    progress: Progress | None,
+) -> None:
+    try:
+        dataset = FolderDataset(root, split)
+    except (OSError, ValueError) as error:
+        # What is missing in an incomplete split was told already, with the names of all.
+        if split not in incomplete or "dataset.json" in str(error):
+            report.problems.append(str(error))
+        report.notes.append(f"{split}: its pairs are read when the above is put right")
+        return
+    step = -(-len(dataset) // (_RANGES * workers))
+    ranges = [
+        range(start, min(start + step, len(dataset))) for start in range(0, len(dataset), step)
+    ]
+    errors: list[str] = []
+    present: set[int] = set()
+    for indices, (wrong, found) in zip(
+        ranges, parallel_map(partial(_read_range, root, split), ranges, workers), strict=True
+    ):
+        errors += wrong
+        present |= found
+        if progress is not None:
+            progress(split, indices.stop, len(dataset))
+    report.problems += [f"{split}: {error}" for error in errors[:_SHOWN]]
+    if len(errors) > _SHOWN:
+        report.problems.append(f"{split}: and {len(errors) - _SHOWN} more like these")
+    absent = [name for i, name in enumerate(dataset.class_names) if i not in present]
+    if absent and not errors:
+        report.notes.append(f"{split}: no pixel of {_some(absent)}; such a class has no score")
+
+
+def _read_range(root: Path, split: str, indices: range) -> tuple[list[str], set[int]]:
+    """Read some pairs; returns what is wrong, and the classes that were seen."""
+    dataset = FolderDataset(root, split)
+    errors: list[str] = []
+    present: set[int] = set()
+    for index in indices:
+        try:
+            _, label = dataset[index]
+        except (ValueError, OSError, SyntaxError) as error:  # Pillow raises the last
+            errors.append(f"{dataset.image_name(index)}: {error}")
+        else:
+            present.update(torch.unique(label).tolist())
+    return errors, present
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more

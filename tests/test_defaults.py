@@ -1,0 +1,162 @@
+"""Every default of every room is the paper's, or the reading of it that is written down.
+
+A wrong default changes a run as much as a wrong formula, and no comparison that passes its own
+numbers can notice it.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from cliptteacher import fusion, glm, inference, kmeans, losses, metrics, plm, vla
+from cliptteacher.clip import prompts, tokenizer
+from cliptteacher.clip.model import CLIPConfig
+from cliptteacher.framework import CLIPTeacherConfig
+from cliptteacher.training import optimizer, schedule
+
+ROOMS = [
+    # Section 3.3 and 4.2: two scales of centres, ten Lloyd iterations, lambda = 0.8
+    (kmeans.multiscale_centers, {"scales": (3, 7), "seeding": "grid"}),
+    (kmeans.masked_kmeans, {"iterations": 10}),
+    (fusion.fuse_clusters, {"threshold": 0.8}),
+    # Section 3.2: attention, 24 iterations of CLS tokens, tau = 0.07
+    (glm.pool_features, {"pooling": "attention"}),
+    (glm.CLSBank, {"size": 24}),
+    (glm.GlobalLearningModule, {"pooling": "attention", "bank_size": 24, "temperature": 0.07}),
+    (losses.info_nce, {"temperature": 0.07, "target_rows": None, "bank_valid": None}),
+    # Eq. (12), as in ZegCLIP: alpha 0.25, gamma 2, weights 100 and 1
+    (losses.count_pairs, {"ignore_index": 255}),
+    (
+        losses.sigmoid_focal_loss,
+        {"alpha": 0.25, "gamma": 2.0, "ignore_index": 255, "pair_count": None},
+    ),
+    (losses.dice_loss, {"ignore_index": 255, "pair_count": None}),
+    (
+        losses.nel,
+        {
+            "focal_weight": 100.0,
+            "dice_weight": 1.0,
+            "alpha": 0.25,
+            "gamma": 2.0,
+            "ignore_index": 255,
+            "pair_count": None,
+        },
+    ),
+    (vla.build_adapter, {"heads": 8}),
+    (vla.DecoderAdapter, {"heads": 8}),
+    (plm.unannotated_share, {"ignore_index": 255}),
+    (plm.merge_labels, {"ignore_index": 255}),
+    (plm.generate_loss, {"kind": "mse"}),
+    (plm.score_classes, {"scale": 1.0, "similarity": "dot", "present": None}),
+    (plm.pixel_cross_entropy, {"seen_competition": True}),
+    (
+        plm.PixelLearningModule,
+        {
+            "scales": (3, 7),
+            "seeding": "grid",
+            "iterations": 10,
+            "threshold": 0.8,
+            "ignored_share": 0.5,
+            "slots": None,
+            "scope": "batch",
+            "adapter": "decoder",
+            "heads": 8,
+            "generate": "mse",
+            "similarity": "dot",
+            "scale": 1.0,
+            "detach_prototypes": False,
+            "seen_competition": True,
+        },
+    ),
+    # Section 3.4 and the evaluation of the benchmarks
+    (inference.pixel_logits, {"logit_scale": 1.0, "cosine": False}),
+    (
+        inference.Predictor,
+        {
+            "unseen": (),
+            "gamma": 1.5,
+            "logit_scale": 1.0,
+            "logits": "dot",
+            "mode": "whole",
+            "window": 512,
+            "stride": 426,
+            "window_batch": 4,
+            "short_side": None,
+            "resize": None,
+        },
+    ),
+    (metrics.confusion_matrix, {"ignore_index": 255}),
+    (metrics.SegmentationMetrics, {"unseen": (), "ignore_index": 255}),
+    # CLIP
+    (tokenizer.tokenize, {"context_length": 77, "truncate": False}),
+    (prompts.class_prompts, {"templates": "single"}),
+    (prompts.class_text_features, {"templates": "single"}),
+    (CLIPConfig.from_state_dict, {"activation": "quick_gelu"}),
+    (
+        CLIPConfig,  # ViT-B/16
+        {
+            "embed_dim": 512,
+            "image_size": 224,
+            "patch_size": 16,
+            "vision_width": 768,
+            "vision_layers": 12,
+            "context_length": 77,
+            "vocab_size": 49408,
+            "text_width": 512,
+            "text_layers": 12,
+            "activation": "quick_gelu",
+        },
+    ),
+    # The default schedule of the toolbox that the paper names
+    (schedule.learning_rate_factor, {"warmup_start": 1e-6, "power": 1.0}),
+    (
+        optimizer.parameter_groups,
+        {"head_multiplier": 10.0, "head_prefixes": ("segmenter.head", "plm.adapter")},
+    ),
+    (
+        CLIPTeacherConfig,
+        {
+            "templates": "single",
+            "logits": "dot",
+            "logit_scale": 1.0,
+            "glm_pooling": "attention",
+            "bank_size": 24,
+            "temperature": 0.07,
+            "ce": "all",
+            "tokens": "projected",
+            "scales": (3, 7),
+            "seeding": "grid",
+            "kmeans_iterations": 10,
+            "fusion_threshold": 0.8,
+            "ignored_share": 0.5,
+            "potential_slots": None,
+            "potential_scope": "batch",
+            "pseudo_logits": "dot",
+            "pseudo_scale": 1.0,
+            "detach_prototypes": False,
+            "seen_competition": True,
+            "adapter": "decoder",
+            "adapter_heads": 8,
+            "generate_loss": "mse",
+            "global_weight": 1.0,
+            "ce_weight": 1.0,
+            "focal_weight": 100.0,
+            "dice_weight": 1.0,
+            "generate_weight": 1.0,
+        },
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("room", "expected"), ROOMS, ids=lambda item: getattr(item, "__name__", "")
+)
+def test_defaults(room: Callable[..., Any], expected: dict[str, object]) -> None:
+    found = {
+        name: parameter.default
+        for name, parameter in inspect.signature(room).parameters.items()
+        if parameter.default is not inspect.Parameter.empty
+    }
+    assert found == expected
