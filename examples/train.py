@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from plan import dry_run, print_plan
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -100,6 +101,10 @@ def train(
     recipe: str, config: TrainConfig, method: CLIPTeacherConfig, process: Process
 ) -> dict[str, Any] | None:
     """Train, evaluate and save; returns the final scores in percent."""
+    if config.dry_run:
+        if process.is_main:
+            dry_run(recipe, config, method, process)
+        return None
     torch.manual_seed(config.seed)  # equal on all ranks: they build equal networks
 
     # Data: training gets seen labels and seen names only.
@@ -117,9 +122,9 @@ def train(
         model, config.learning_rate, config.weight_decay, config.head_multiplier
     )
     if process.is_main:
-        print_plan(recipe, config, groups, train_set, seen_set, process)
-    if config.dry_run:
-        return None
+        seen = len(seen_set.class_names)
+        classes = (seen, len(train_set.class_names) - seen)
+        print_plan(recipe, config, groups, classes, len(train_set), process)
     optimizer = build_optimizer(groups)
 
     # Run directory, and where an earlier run stopped.
@@ -200,31 +205,6 @@ def open_log(
         describe_environment(process.world_size, process.device), output / "environment.json"
     )
     return MetricsLog(output / "metrics.jsonl", start)
-
-
-def print_plan(
-    recipe: str,
-    config: TrainConfig,
-    groups: list[dict[str, Any]],
-    dataset: SegmentationDataset,
-    seen_set: SeenOnly,
-    process: Process,
-) -> None:
-    """Say what is about to happen."""
-    seen, everything = len(seen_set.class_names), len(dataset.class_names)
-    print(
-        f"recipe {recipe}: {config.segmenter} taught by CLIP {config.clip} on {config.data}, "
-        f"{len(dataset)} images, {seen} classes with labels, {everything - seen} without\n"
-        f"{config.iterations} iterations of {config.batch_size} crops of {config.crop} pixels, "
-        f"{process.world_size} processes on {process.device.type}, "
-        f"{torch.get_num_threads()} threads each, seed {config.seed}"
-    )
-    for group in groups:
-        count = sum(p.numel() for p in group["params"])
-        print(
-            f"  {group['name']:<20} {count / 1e6:7.3f} M parameters, "
-            f"learning rate {group['base_lr']:.1e}, weight decay {group['weight_decay']}"
-        )
 
 
 def choose_output(recipe: str, config: TrainConfig, process: Process) -> Path:

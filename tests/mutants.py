@@ -8,6 +8,8 @@ A change is (what, old text, new text), and where it needs them options: ``tests
 # fmt: off
 ONE_PROCESS = {"select": "not process"}  # starting processes takes longer than all other tests
 TWO_PROCESSES = {"select": "two_processes"}
+DEFAULTS = {"tests": ("defaults",)}
+TIES = {"tests": ("ties",)}
 
 KMEANS = [
     ("the farthest centre wins", "similarity.argmax(dim=2)", "similarity.argmin(dim=2)"),
@@ -18,19 +20,19 @@ KMEANS = [
     ("one iteration too many", "for _ in range(iterations):", "for _ in range(iterations + 1):"),
     ("centres not of unit length", "sums / length.clamp(min=_MIN_NORM), centers", "sums, centers"),
     ("epsilon too large", "_MIN_NORM = 1e-6", "_MIN_NORM = 1.5"),
-    ("epsilon of zero", "_MIN_NORM = 1e-6", "_MIN_NORM = 0.0"),
+    ("epsilon of zero", "_MIN_NORM = 1e-6", "_MIN_NORM = 0.0", {"select": "cancel"}),
     ("stride of sliding windows", "max(scale // 2, 1)", "scale // 2 + 1"),
     ("window and sliding swapped", 'stride=scale if seeding == "window"', 'stride=scale if seeding == "sliding"'),
     ("maximum instead of mean", "F.adaptive_avg_pool2d(tokens, scale)", "F.adaptive_max_pool2d(tokens, scale)"),
     ("windows column by column", "windows.flatten(2)", "windows.mT.flatten(2)"),
     ("scales in reverse", "for scale in scales]", "for scale in reversed(scales)]"),
-    ("computed under autocast", "enabled=False):\n        similarity", "enabled=True):\n        similarity"),
-    ("sums under autocast", "enabled=False):\n        sums", "enabled=True):\n        sums"),
+    ("computed under autocast", "enabled=False):\n        similarity", "enabled=torch.is_autocast_enabled('cpu')):\n        similarity", {"select": "autocast"}),
+    ("sums under autocast", "enabled=False):\n        sums", "enabled=torch.is_autocast_enabled('cpu')):\n        sums", {"select": "full_precision or autocast"}),
     ("no last assignment with the moved centres", "assignment = assign_clusters(points, centers, mask)\n    counts", "assignment = _assign_units(tokens, _unit_rows(centers.roll(1, 1)), mask)\n    counts"),
     ("zero iterations refused", "if iterations < 0:", "if iterations <= 0:"),
-    ("default number of iterations", "iterations: int = 10\n", "iterations: int = 9\n"),
-    ("default scales", "scales: Sequence[int] = (3, 7), seeding", "scales: Sequence[int] = (3, 6), seeding"),
-    ("default seeding", 'seeding: Seeding = "grid"\n', 'seeding: Seeding = "window"\n'),
+    ("default number of iterations", "iterations: int = 10\n", "iterations: int = 9\n", DEFAULTS),
+    ("default scales", "scales: Sequence[int] = (3, 7), seeding", "scales: Sequence[int] = (3, 6), seeding", DEFAULTS),
+    ("default seeding", 'seeding: Seeding = "grid"\n', 'seeding: Seeding = "window"\n', DEFAULTS),
 ]
 
 FUSION = [
@@ -47,8 +49,8 @@ FUSION = [
     ("sum norm instead of length", "vector_norm(rows, dim=2, keepdim=True)", "vector_norm(rows, ord=1, dim=2, keepdim=True)"),
     ("one side not of unit length", "torch.bmm(unit, unit.mT)", "torch.bmm(rows, unit.mT)"),
     ("number of groups", "group.amax(dim=1) + 1", "group.amax(dim=1)"),
-    ("default threshold", "threshold: float = 0.8)", "threshold: float = 0.7)"),
-    ("computed under autocast", "enabled=False):\n        return torch.bmm", "enabled=True):\n        return torch.bmm"),
+    ("default threshold", "threshold: float = 0.8)", "threshold: float = 0.7)", DEFAULTS),
+    ("computed under autocast", "enabled=False):\n        return torch.bmm", "enabled=torch.is_autocast_enabled('cpu')):\n        return torch.bmm", {"select": "autocast"}),
 ]
 
 GLM = [
@@ -56,24 +58,24 @@ GLM = [
     ("softmax over the images", "scores.flatten(1).softmax(dim=1)", "scores.flatten(1).softmax(dim=0)", ONE_PROCESS),
     ("query not of unit length", "F.normalize(cls.float(), dim=1).to", "cls.float().to", ONE_PROCESS),
     ("query normalised over the batch", "F.normalize(cls.float(), dim=1).to", "F.normalize(cls.float(), dim=0).to", ONE_PROCESS),
-    ("scores rounded by features of half precision", "features).float() / C**0.5", "features) / C**0.5", ONE_PROCESS),
+    ("scores rounded by features of half precision", "features).float() / C**0.5", "features) / C**0.5", {"select": "half_precision"}),
     ("minimum instead of maximum", ".amax(dim=(2, 3))", ".amin(dim=(2, 3))", ONE_PROCESS),
     ("sum instead of mean", ".mean(dim=(2, 3))", ".sum(dim=(2, 3))", ONE_PROCESS),
     ("oldest first in the bank", "self._batches.appendleft(", "self._batches.append(", ONE_PROCESS),
     ("bank one iteration short", "maxlen=max(1, size)", "maxlen=max(1, size - 1)", ONE_PROCESS),
     ("bank one iteration long", "maxlen=max(1, size)", "maxlen=size + 1", ONE_PROCESS),
-    ("bank keeps the graph", "self._batches.appendleft(cls.detach().float())", "self._batches.appendleft(cls.float())", ONE_PROCESS),
+    ("bank keeps the graph", "self._batches.appendleft(cls.detach().float())", "self._batches.appendleft(cls.float())", {"select": "graph"}),
     ("gathered tokens keep the graph", "return cls.detach(), 0", "return cls, 0", ONE_PROCESS),
     ("own token is a negative too", "target_rows=own", "target_rows=None", ONE_PROCESS),
     ("prediction and target swapped", "pooled, cls, self.bank.rows()", "cls.float(), pooled, self.bank.rows()", ONE_PROCESS),
     ("rows of rank 0 on every rank", "torch.arange(first, first + cls.shape[0],", "torch.arange(cls.shape[0],", TWO_PROCESSES),
     ("first row without the batch size", "dist.get_rank() * B", "dist.get_rank()", TWO_PROCESSES),
-    ("default pooling", 'cls: Tensor, pooling: Pooling = "attention") -> Tensor', 'cls: Tensor, pooling: Pooling = "mean") -> Tensor', ONE_PROCESS),
-    ("default temperature", "temperature: float = 0.07\n", "temperature: float = 0.1\n", ONE_PROCESS),
-    ("temperature not passed on", "temperature=self.temperature, ", "", ONE_PROCESS),
-    ("default size of the module's bank", "bank_size: int = 24", "bank_size: int = 25", ONE_PROCESS),
-    ("default size of the bank", "def __init__(self, size: int = 24)", "def __init__(self, size: int = 23)", ONE_PROCESS),
-    ("restored bank on top of the old one", "self._batches.clear()\n", "", ONE_PROCESS),
+    ("default pooling", 'cls: Tensor, pooling: Pooling = "attention") -> Tensor', 'cls: Tensor, pooling: Pooling = "mean") -> Tensor', DEFAULTS),
+    ("default temperature", "temperature: float = 0.07\n", "temperature: float = 0.1\n", DEFAULTS),
+    ("temperature not passed on", "temperature=self.temperature, ", "", {"select": "temperature"}),
+    ("default size of the module's bank", "bank_size: int = 24", "bank_size: int = 25", DEFAULTS),
+    ("default size of the bank", "def __init__(self, size: int = 24)", "def __init__(self, size: int = 23)", DEFAULTS),
+    ("restored bank on top of the old one", "self._batches.clear()", "pass", {"select": "round_trip"}),
 ]
 
 VLA = [
@@ -83,16 +85,16 @@ VLA = [
     ("cross attention without norm", "self.attend_cross(self.norm_cross(x), cls)", "self.attend_cross(x, cls)"),
     ("the wrong norm", "self.attend_cross(self.norm_cross(x), cls)", "self.attend_cross(self.norm_self(x), cls)"),
     ("absent rows attended", "keep = present | ~present.any()", "keep = present | present.any()"),
-    ("no row at all kept", "keep = present | ~present.any()", "keep = present"),
+    ("no row at all kept", "keep = present | ~present.any()", "keep = present", {"survives": "PyTorch 2.5 made attention to no row at all zero; only older ones, which the package still takes, give NaN"}),
     ("no residual", "x = x + self.attend_self(", "x = self.attend_self("),
     ("no residual around the MLP", "x + self.mlp(self.norm_mlp(x))", "self.mlp(self.norm_mlp(x))"),
     ("post-norm memory", "attend_self(normed, normed, keep)", "attend_self(normed, x, keep)"),
     ("keys and values swapped", "k, v = self.key_value(memory)", "v, k = self.key_value(memory)"),
     ("no division by the root of the width", "attn_mask=mask)", "attn_mask=mask, scale=1.0)"),
     ("heads mixed with rows", "out[0].transpose(0, 1).reshape(L, C)", "out[0].reshape(L, C)"),
-    ("narrow MLP", "nn.Linear(channels, 4 * channels), nn.GELU(), nn.Linear(4 * channels, channels)", "nn.Linear(channels, 2 * channels), nn.GELU(), nn.Linear(2 * channels, channels)"),
-    ("default heads", "channels: int, heads: int = 8) -> nn.Module", "channels: int, heads: int = 4) -> nn.Module"),
-    ("default heads of the decoder", "channels: int, heads: int = 8) -> None", "channels: int, heads: int = 4) -> None"),
+    ("narrow MLP", "nn.Linear(channels, 4 * channels), nn.GELU(), nn.Linear(4 * channels, channels)", "nn.Linear(channels, 2 * channels), nn.GELU(), nn.Linear(2 * channels, channels)", {"select": "sizes"}),
+    ("default heads", "channels: int, heads: int = 8) -> nn.Module", "channels: int, heads: int = 4) -> nn.Module", DEFAULTS),
+    ("default heads of the decoder", "channels: int, heads: int = 8) -> None", "channels: int, heads: int = 4) -> None", DEFAULTS),
 ]
 
 PLM = [
@@ -123,20 +125,20 @@ PLM = [
     ("iterations not passed on", "take_part.flatten(1), self.iterations)", "take_part.flatten(1))"),
     ("clusters of one token dropped", "clusters.counts > 0", "clusters.counts > 1"),
     ("threshold not passed on", "clusters.counts > 0, self.threshold)", "clusters.counts > 0)"),
-    ("seeding not passed on", "self.scales, self.seeding)", "self.scales)"),
+    ("seeding not passed on", "self.scales, self.seeding)", "self.scales)", {"select": "seeding"}),
     ("detach inverted", "if self.detach_prototypes:", "if not self.detach_prototypes:"),
     ("detach dropped", "prototypes = prototypes.detach()", "pass"),
-    ("kind of generate loss not passed on", "present[:S], self.generate)", "present[:S])"),
-    ("scale and similarity not passed on", "potential, self.scale, self.similarity, exists", "potential, present=exists"),
-    ("scale not passed on", "potential, self.scale, self", "potential, 1.0, self"),
+    ("kind of generate loss not passed on", "present[:S], self.generate)", "present[:S])", {"select": "every_option"}),
+    ("scale and similarity not passed on", "potential, self.scale, self.similarity, exists", "potential, present=exists", {"select": "every_option"}),
+    ("scale not passed on", "potential, self.scale, self", "potential, 1.0, self", {"select": "every_option"}),
     ("absent groups compete", "self.similarity, exists)", "self.similarity)"),
     ("group of another image", "(labels - num_seen) % slots", "(labels - num_seen) // slots"),
     ("corner instead of centre of a row", "torch.arange(size[0], device=labels.device) + 1)", "torch.arange(size[0], device=labels.device))"),
     ("height taken for width", "* W // (2 * size[1])", "* H // (2 * size[1])"),
-    ("default threshold", "threshold: float = 0.8,", "threshold: float = 0.7,"),
-    ("default share", "ignored_share: float = 0.5,", "ignored_share: float = 0.4,"),
-    ("default scope", 'scope: PotentialScope = "batch",', 'scope: PotentialScope = "image",'),
-    ("default competition", "        seen_competition: bool = True,\n    ) -> None", "        seen_competition: bool = False,\n    ) -> None"),
+    ("default threshold", "threshold: float = 0.8,", "threshold: float = 0.7,", DEFAULTS),
+    ("default share", "ignored_share: float = 0.5,", "ignored_share: float = 0.4,", DEFAULTS),
+    ("default scope", 'scope: PotentialScope = "batch",', 'scope: PotentialScope = "image",', DEFAULTS),
+    ("default competition", "        seen_competition: bool = True,\n    ) -> None", "        seen_competition: bool = False,\n    ) -> None", DEFAULTS),
 ]
 
 LOSSES = [
@@ -147,7 +149,7 @@ LOSSES = [
     ("positive left out of the sum", "torch.cat([positives, negatives], dim=1)", "torch.cat([negatives, negatives], dim=1)"),
     ("sum over the batch", "positives.squeeze(1)).mean()", "positives.squeeze(1)).sum()"),
     ("unit length along the wrong axis", "_full_precision(rows), dim=1)", "_full_precision(rows), dim=0)"),
-    ("computed under autocast", "enabled=False):\n        predicted, target", "enabled=True):\n        predicted, target"),
+    ("computed under autocast", "enabled=False):\n        predicted, target", "enabled=torch.is_autocast_enabled('cpu')):\n        predicted, target", {"select": "autocast"}),
     ("alpha for 1 - alpha", "return (alpha - 1) *", "return -alpha *"),
     ("wrong modulating factor", "-alpha * (gamma * F.logsigmoid(-logits)).exp()", "-alpha * (gamma * F.logsigmoid(logits)).exp()"),
     ("mean over classes", "/ batch.logits.shape[2]", "/ batch.logits.shape[1]"),
@@ -162,8 +164,8 @@ LOSSES = [
     ("absent pairs counted", "(pixels > 0).sum().float()", "(pixels >= 0).sum().float()"),
     ("focal weight", "focal_weight: float = 100.0", "focal_weight: float = 20.0"),
     ("dice weight", "dice_weight: float = 1.0", "dice_weight: float = 5.0"),
-    ("default temperature", "temperature: float = 0.07,", "temperature: float = 0.7,"),
-    ("default gamma", "gamma: float = 2.0,\n    ignore_index: int = 255,\n    pair_count: Tensor | float | None = None,\n) -> Tensor", "gamma: float = 1.5,\n    ignore_index: int = 255,\n    pair_count: Tensor | float | None = None,\n) -> Tensor"),
+    ("default temperature", "temperature: float = 0.07,", "temperature: float = 0.7,", DEFAULTS),
+    ("default gamma", "gamma: float = 2.0,\n    ignore_index: int = 255,\n    pair_count: Tensor | float | None = None,\n) -> Tensor", "gamma: float = 1.5,\n    ignore_index: int = 255,\n    pair_count: Tensor | float | None = None,\n) -> Tensor", DEFAULTS),
     ("gamma not passed on by nel", "focal_weight * _sum_focal(batch, alpha, gamma)", "focal_weight * _sum_focal(batch, alpha, 2.0)"),
     ("pair count not used by nel", "pairs = _divisor(batch, pair_count)\n    focal", "pairs = _divisor(batch, None)\n    focal"),
 ]
@@ -181,7 +183,7 @@ METRICS = [
     ("seen means all", "for index in range(num_classes) if index not in set(unseen)]", "for index in range(num_classes)]", ONE_PROCESS),
     ("seen and unseen swapped", "for indices in (self.seen, self.unseen)", "for indices in (self.unseen, self.seen)", ONE_PROCESS),
     ("only the last image counts", "self.matrix += confusion", "self.matrix = confusion", ONE_PROCESS),
-    ("ignore index not passed on", "self.num_classes, self.ignore_index).cpu()", "self.num_classes).cpu()", ONE_PROCESS),
+    ("ignore index not passed on", "self.num_classes, self.ignore_index).cpu()", "self.num_classes).cpu()", {"select": "another_ignore"}),
     ("class A accepted", "high >= num_classes", "high > num_classes", ONE_PROCESS),
     ("every process its own matrix", "dist.all_reduce(total)", "dist.barrier()", {"select": "processes"}),
     ("matrix may be reduced twice", "self._reduced = True", "self._reduced = False", {"select": "processes"}),
@@ -189,30 +191,32 @@ METRICS = [
 
 FRAMEWORK = [
     ("divided by 256", "images.float() / 255 if", "images.float() / 256 if", ONE_PROCESS),
-    ("logit scale not passed on", "seen_text, config.logit_scale, cosine", "seen_text, 1.0, cosine", ONE_PROCESS),
-    ("cosine inverted", 'cosine = config.logits == "cosine"', 'cosine = config.logits == "dot"', ONE_PROCESS),
+    ("logit scale not passed on", "text, self.config.logit_scale, cosine", "text, 1.0, cosine", {"select": "wide"}),
+    ("cosine inverted", 'cosine = self.config.logits == "cosine"', 'cosine = self.config.logits == "dot"', ONE_PROCESS),
     ("the other tokens", 'self.config.tokens == "projected"', 'self.config.tokens == "final"', ONE_PROCESS),
     ("global weight dropped", "config.global_weight * self.glm", "self.glm", ONE_PROCESS),
     ("adapter left out", "config.ce_weight > 0) or config", "config.ce_weight > 0) and config", ONE_PROCESS),
     ("teacher trains", "clip.eval().requires_grad_(False),)", "clip.eval(),)", ONE_PROCESS),
     ("teacher in training mode", "clip.eval().requires_grad_(False),)", "clip.requires_grad_(False),)", ONE_PROCESS),
     ("teacher is a submodule", "(clip.eval().requires_grad_(False),)  #", "nn.ModuleList([clip.eval().requires_grad_(False)])  #", ONE_PROCESS),
-    ("teacher with gradient", "@torch.no_grad()\n    def encode", "@torch.enable_grad()\n    def encode", ONE_PROCESS),
-    ("pairs counted at full size", "count_pairs(near_labels,", "count_pairs(labels,", ONE_PROCESS),
-    ("height and width swapped", "(features.shape[2], features.shape[3]))", "(features.shape[3], features.shape[2]))", ONE_PROCESS),
+    ("teacher with gradient", "@torch.no_grad()\n    def encode", "@torch.enable_grad()\n    def encode", {"select": "records"}),
+    ("pairs counted at full size", "count_pairs(near_labels,", "count_pairs(labels,", {"select": "wide"}),
+    ("height and width swapped", "(features.shape[2], features.shape[3]))", "(features.shape[3], features.shape[2]))", {"select": "wide"}),
     ("mean over ignored pixels", "total / (labels != IGNORE_INDEX).sum().clamp(min=1)", "total / labels.numel()", ONE_PROCESS),
     ("templates not passed on", "self.seen_names, config.templates)", "self.seen_names)", ONE_PROCESS),
     ("dice needs focal", "config.focal_weight > 0 or config", "config.focal_weight > 0 and config", ONE_PROCESS),
-    ("seen cross entropy not weighted", "config.ce_weight * seen_cross_entropy", "seen_cross_entropy", ONE_PROCESS),
-    ("temperature not passed on", "config.bank_size, config.temperature)", "config.bank_size)", ONE_PROCESS),
-    ("iterations not passed on", "iterations=config.kmeans_iterations", "iterations=10", ONE_PROCESS),
-    ("threshold not passed on", "threshold=config.fusion_threshold", "threshold=0.8", ONE_PROCESS),
-    ("share not passed on", "ignored_share=config.ignored_share", "ignored_share=0.5", ONE_PROCESS),
-    ("pseudo scale not passed on", "scale=config.pseudo_scale", "scale=1.0", ONE_PROCESS),
-    ("default tokens", '"final"] = "projected"', '"final"] = "final"', ONE_PROCESS),
-    ("default threshold", "fusion_threshold: float = 0.8", "fusion_threshold: float = 0.75", ONE_PROCESS),
-    ("default iterations", "kmeans_iterations: int = 10", "kmeans_iterations: int = 5", ONE_PROCESS),
-    ("own pair count on each rank", "pairs = mean_over_processes(\n                count_pairs(near_labels, len(self.seen_names), IGNORE_INDEX)\n            )", "pairs = count_pairs(near_labels, len(self.seen_names), IGNORE_INDEX)", TWO_PROCESSES),
+    ("seen cross entropy not weighted", 'losses["ce"] = config.ce_weight * seen_cross', 'losses["ce"] = seen_cross', {"select": "weighted"}),
+    ("auxiliary cross entropy not weighted", "terms.append(config.ce_weight * seen_cross", "terms.append(seen_cross", {"tests": ("students",), "select": "auxiliary"}),
+    ("auxiliary weight dropped", "config.auxiliary_weight * torch.stack(terms)", "torch.stack(terms)", {"tests": ("students",), "select": "auxiliary"}),
+    ("temperature not passed on", "config.bank_size, config.temperature)", "config.bank_size)", {"select": "reaches"}),
+    ("iterations not passed on", "iterations=config.kmeans_iterations", "iterations=10", {"select": "reaches"}),
+    ("threshold not passed on", "threshold=config.fusion_threshold", "threshold=0.8", {"select": "reaches"}),
+    ("share not passed on", "ignored_share=config.ignored_share", "ignored_share=0.5", {"select": "reaches"}),
+    ("pseudo scale not passed on", "scale=config.pseudo_scale", "scale=1.0", {"select": "reaches"}),
+    ("default tokens", '"final"] = "projected"', '"final"] = "final"', DEFAULTS),
+    ("default threshold", "fusion_threshold: float = 0.8", "fusion_threshold: float = 0.75", DEFAULTS),
+    ("default iterations", "kmeans_iterations: int = 10", "kmeans_iterations: int = 5", DEFAULTS),
+    ("own pair count on each rank", "pair_count=mean_over_processes(pairs)", "pair_count=pairs", TWO_PROCESSES),
 ]
 
 INFERENCE = [
@@ -223,7 +227,7 @@ INFERENCE = [
     ("features normalised over rows", "features = F.normalize(features, dim=1)", "features = F.normalize(features, dim=2)"),
     ("last window beyond the border", "min(step * stride, last)", "step * stride"),
     ("one window too few", "for step in range(steps + 1)]", "for step in range(steps)]"),
-    ("ties go to the later class", "torch.where(value > best", "torch.where(value >= best"),
+    ("ties go to the later class", "torch.where(value > best", "torch.where(value >= best", TIES),
     ("index within the chunk", "index + first, labels", "index, labels"),
     ("corners aligned", 'mode="bilinear", align_corners=False', 'mode="bilinear", align_corners=True'),
     ("divided by 256", "images.float() / 255", "images.float() / 256"),
@@ -231,8 +235,8 @@ INFERENCE = [
     ("rows and columns of windows swapped", "for y, x in chunk]", "for x, y in chunk]"),
     ("frozen parts trained again", "for part in module.modules() if part.training]", "for part in module.modules()]"),
     ("no eval mode", "    module.eval()\n", ""),
-    ("default gamma", "gamma: float = 1.5,", "gamma: float = 1.0,"),
-    ("default stride", "stride: int = 426,", "stride: int = 512,"),
+    ("default gamma", "gamma: float = 1.5,", "gamma: float = 1.0,", DEFAULTS),
+    ("default stride", "stride: int = 426,", "stride: int = 512,", DEFAULTS),
 ]
 
 CLIP_MODEL = [
@@ -278,7 +282,7 @@ ARCHIVE = [
     ("stride ignored", "numbers.as_strided(shape, stride, offset)", "numbers[offset:][: math.prod(shape)].reshape(shape)"),
     ("one number too many", "last < len(numbers)", "last <= len(numbers)"),
     ("any module allowed", 'module.startswith("__torch__.")', 'module.startswith("__torch__")'),
-    ("any storage allowed", 'if module == "torch" and name in _DTYPE_OF_STORAGE:', "if name in _DTYPE_OF_STORAGE:"),
+    ("any storage allowed", 'if module == "torch" and name in _DTYPE_OF_STORAGE:', "if name in _DTYPE_OF_STORAGE:", {"select": "hostile"}),
     ("byte order not checked", '!= b"little"', '== b""'),
 ]
 
@@ -290,15 +294,16 @@ TOKENIZER = [
     ("blanks kept", '" ".join(repaired.split()).lower()', "repaired.strip().lower()"),
     ("numbers kept whole", r"[\p{N}]|[^", r"[\p{N}]+|[^"),
     ("underscore for punctuation", r"[^\s\p{L}\p{N}]+", r"[^\w\s]+"),
-    ("contraction forgotten", "'re|'ve|", "'re|"),
-    ("case matters in words", "regex.compile(_WORD_PATTERN, regex.IGNORECASE)", "regex.compile(_WORD_PATTERN)"),
+    ("contraction forgotten", "'re|'ve|", "'re|", {"select": "contractions"}),
+    ("case matters in words", "regex.compile(_WORD_PATTERN, regex.IGNORECASE)", "regex.compile(_WORD_PATTERN)", {"select": "contractions"}),
     ("end of word at the start", "parts[-1] += _END_OF_WORD", "parts[0] += _END_OF_WORD"),
     ("version line taken for a merge", "[1 : _NUM_MERGES + 1]", "[:_NUM_MERGES]"),
     ("one merge short", "[1 : _NUM_MERGES + 1]", "[1:_NUM_MERGES]"),
     ("end mark cut off", "ids[: context_length - 1] + ids[-1:]", "ids[:context_length]"),
     ("exact fit refused", "if len(ids) > context_length and not truncate", "if len(ids) >= context_length and not truncate"),
     ("latest merge first", "best = min(", "best = max("),
-    ("only the first occurrence joined", "position += 2\n", "position += 2\n            pair = ('', '')\n"),
+    ("only the first occurrence joined", "position += 2\n", "position += 2\n            pair = ('', '')\n", {"survives": "equivalent: the next round joins the next occurrence, since no pair that was learned earlier can appear meanwhile"}),
+    ("second half of a pair repeated", "position += 2\n", "position += 1\n", {"select": "known_sentence"}),
     ("soft hyphen printable", "*range(0xA1, 0xAD), *range(0xAE, 0x100)", "*range(0xA1, 0x100)"),
     ("marks in the other order", "symbols += [START_OF_TEXT, END_OF_TEXT]", "symbols += [END_OF_TEXT, START_OF_TEXT]"),
 ]
@@ -311,8 +316,9 @@ PROMPTS = [
     ("hyphen kept", '.replace("-", " ")', ""),
     ("end mark cut off", "int(ids.argmax(dim=1).max()) + 1]", "int(ids.argmax(dim=1).max())]"),
     ("context not passed on", ", context_length=clip.config.context_length)", ")"),
-    ("word of a template", '"a photo of a medium {}."', '"a photo of a middle {}."'),
-    ("article of a template", '"There is the {} in the scene."', '"There is this {} in the scene."'),
+    ("words after the third dropped", 'return " ".join(words)', 'return " ".join(words[:3])', {"select": "clean"}),
+    ("word of a template", '"a photo of a medium {}."', '"a photo of a middle {}."', {"select": "templates"}),
+    ("article of a template", '"There is the {} in the scene."', '"There is this {} in the scene."', {"select": "templates"}),
     ("passes overlap", "ids[i : i + _PROMPTS_PER_PASS]", "ids[i : i + _PROMPTS_PER_PASS + 1]"),
 ]
 
@@ -328,33 +334,36 @@ SPLITS = [
     ("256 classes allowed", "MAX_CLASSES = 255", "MAX_CLASSES = 256"),
 ]
 
+RISE = {"select": "schedule or power"}
+
 SCHEDULE = [
-    ("warm-up one step longer", "if step < warmup:", "if step <= warmup:"),
-    ("decay from the first step", "float((1 - (step - warmup) / (iterations - warmup))", "float((1 - step / iterations)"),
-    ("warm-up one step early", "* step / warmup", "* (step + 1) / warmup"),
-    ("power ignored", ") ** power)", "))"),
-    ("default start", "warmup_start: float = 1e-6", "warmup_start: float = 1e-5"),
-    ("default power", "power: float = 1.0\n", "power: float = 0.9\n"),
+    ("warm-up one step longer", "if step < warmup:", "if step <= warmup:", RISE),
+    ("decay from the first step", "float((1 - (step - warmup) / (iterations - warmup))", "float((1 - step / iterations)", RISE),
+    ("warm-up one step early", "* step / warmup", "* (step + 1) / warmup", RISE),
+    ("power ignored", ") ** power)", "))", RISE),
+    ("default start", "warmup_start: float = 1e-6", "warmup_start: float = 1e-5", DEFAULTS),
+    ("default power", "power: float = 1.0\n", "power: float = 0.9\n", DEFAULTS),
 ]
+
+RATES = {"select": "rate or decay or group or adamw or tied or head"}
 
 OPTIMIZER = [
-    ("norms decay", "not is_norm and not _POSITION", "not _POSITION"),
-    ("positions decay", "not is_norm and not _POSITION.search(path)", "not is_norm"),
-    ("decay inverted", "weight_decay if decays else 0.0", "0.0 if decays else weight_decay"),
-    ("head multiplier", "head_multiplier: float = 10.0", "head_multiplier: float = 1.0"),
-    ("backbone multiplied", '"lr": learning_rate * (head_multiplier if head else 1.0)', '"lr": learning_rate * (1.0 if head else head_multiplier)'),
-    ("base rate not multiplied", '"base_lr": learning_rate * (head_multiplier if head else 1.0)', '"base_lr": learning_rate'),
-    ("adapter is no head", '("segmenter.head", "plm.adapter")', '("segmenter.head",)'),
-    ("second beta", "betas=(0.9, 0.999)", "betas=(0.9, 0.99)"),
-    ("rate of the last step", 'group["base_lr"] * factor', 'group["lr"] * factor'),
-    ("group norm decays", "(nn.LayerNorm, nn.GroupNorm, nn", "(nn.LayerNorm, nn"),
-    ("batch norm decays", ", nn.modules.batchnorm._NormBase)", ")"),
-    ("frozen parameters grouped", "if not parameter.requires_grad:\n            continue\n", ""),
-    ("decomposition is no position", "(^|[._])(pos_embed", "(pos_embed"),
-    ("tied parameters grouped twice", "if parameter not in known:", "if True:"),
+    ("norms decay", "not is_norm and not _POSITION", "not _POSITION", RATES),
+    ("positions decay", "not is_norm and not _POSITION.search(path)", "not is_norm", RATES),
+    ("decay inverted", "weight_decay if decays else 0.0", "0.0 if decays else weight_decay", RATES),
+    ("default head multiplier", "head_multiplier: float = 10.0", "head_multiplier: float = 1.0", DEFAULTS),
+    ("backbone multiplied", '"lr": learning_rate * (head_multiplier if head else 1.0)', '"lr": learning_rate * (1.0 if head else head_multiplier)', RATES),
+    ("base rate not multiplied", '"base_lr": learning_rate * (head_multiplier if head else 1.0)', '"base_lr": learning_rate', RATES),
+    ("adapter is no head", '"segmenter.auxiliary", "plm.adapter")', '"segmenter.auxiliary")', RATES),
+    ("auxiliary head is no head", '("segmenter.head", "segmenter.auxiliary",', '("segmenter.head",', RATES),
+    ("second beta", "betas=(0.9, 0.999)", "betas=(0.9, 0.99)", RATES),
+    ("rate of the last step", 'group["base_lr"] * factor', 'group["lr"] * factor', RATES),
+    ("group norm decays", "(nn.LayerNorm, nn.GroupNorm, nn", "(nn.LayerNorm, nn", RATES),
+    ("batch norm decays", ", nn.modules.batchnorm._NormBase)", ")", RATES),
+    ("frozen parameters grouped", "if not parameter.requires_grad:", "if False:", RATES),
+    ("decomposition is no position", "(^|[._])(pos_embed", "(pos_embed", RATES),
+    ("tied parameters grouped twice", "if parameter not in known:", "if True:", RATES),
 ]
-
-RATES = {"select": "rate or rates or decay or group or grouped or adamw or tied or head"}
 
 GROUPS = [
     ("kmeans.py", ("kmeans",), KMEANS),
@@ -372,6 +381,6 @@ GROUPS = [
     ("clip/tokenizer.py", ("tokenizer",), TOKENIZER),
     ("clip/prompts.py", ("prompts",), PROMPTS),
     ("data/splits.py", ("splits", "leaks"), SPLITS),
-    ("training/schedule.py", ("training",), [(*m, {"select": "schedule or power"}) for m in SCHEDULE]),
-    ("training/optimizer.py", ("training",), [(*m, RATES) for m in OPTIMIZER]),
+    ("training/schedule.py", ("training",), SCHEDULE),
+    ("training/optimizer.py", ("training",), OPTIMIZER),
 ]

@@ -1,13 +1,16 @@
 """Foreign networks as students: which layer is replaced, what is left alone, clear errors."""
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import tiny_clip
 from torch import Tensor, nn
-from torchvision.models import segmentation
+from torchvision.models import convnext_tiny, segmentation
 
+from cliptteacher.framework import CLIPTeacher, CLIPTeacherConfig
 from cliptteacher.segmenters import adapt_segmenter
 
 
@@ -87,6 +90,79 @@ def test_torchvision_segmenters(name: str, heads: list[str]) -> None:
     enlarged = F.interpolate(small, (72, 64), mode="bilinear", align_corners=False)
     torch.testing.assert_close(enlarged, expected, rtol=1e-4, atol=1e-5)
     assert_trains(model)
+
+
+def learn(model: CLIPTeacher, rate: float, steps: int = 4) -> list[float]:
+    """Total losses of a few steps on one batch."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(2, 3, 64, 64, generator=generator)
+    labels = torch.randint(2, (2, 64, 64), generator=generator)
+    labels[:, :24] = 255
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
+    totals: list[float] = []
+    for _ in range(steps):
+        total = model(images, labels)["total"]
+        optimizer.zero_grad(set_to_none=True)
+        total.backward()
+        optimizer.step()
+        totals.append(total.item())
+    return totals
+
+
+@pytest.mark.parametrize(
+    ("make", "stride", "rate"),
+    [
+        pytest.param(segmentation.deeplabv3_resnet50, 8, 1e-4, marks=pytest.mark.slow),
+        pytest.param(segmentation.fcn_resnet50, 8, 1e-4, marks=pytest.mark.slow),
+        (segmentation.lraspp_mobilenet_v3_large, 8, 1e-4),
+        pytest.param(lambda **_: convnext_tiny().features, 32, 1e-4, marks=pytest.mark.slow),
+        (lambda **_: Upsampling("bilinear"), 1, 3e-3),
+        (lambda **_: features(), 4, 3e-3),
+    ],
+    ids=["deeplabv3", "fcn", "lraspp", "convnext", "dictionary", "plain"],
+)
+def test_foreign_networks_learn_in_the_framework(
+    make: Callable[..., nn.Module], stride: int, rate: float
+) -> None:
+    torch.manual_seed(0)
+    student = adapt_segmenter(make(weights=None, weights_backbone=None), channels=16)
+    assert student.stride == stride
+    assert student.mean.flatten().tolist() == pytest.approx([0.485, 0.456, 0.406])
+    config = CLIPTeacherConfig(scales=(1, 2), kmeans_iterations=2, adapter_heads=2)
+    model = CLIPTeacher(tiny_clip(), student, ("cat", "grass"), config).train()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    totals = learn(model, rate)
+    assert totals[-1] < totals[0]
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]) != p.requires_grad, name
+
+
+def test_the_backbone_of_a_convnext_gets_a_projection() -> None:
+    network = convnext_tiny().features
+    model = adapt_segmenter(network, channels=16).eval()
+    assert model.head_names == () and model.network is network
+    assert model.projection.weight.shape == (16, 768, 1, 1)
+    images = torch.rand(1, 3, 70, 64)
+    with torch.no_grad():
+        expected = model.projection(network((images - model.mean) / model.std))
+        torch.testing.assert_close(model(images), expected, rtol=0, atol=0)
+    assert expected.shape == (1, 16, 2, 2)
+
+
+@pytest.mark.slow
+def test_an_adapted_network_compiles_and_exports() -> None:
+    torch.manual_seed(0)
+    module = segmentation.lraspp_mobilenet_v3_large(weights=None, weights_backbone=None)
+    model = adapt_segmenter(module, channels=16).eval()
+    images = torch.rand(3, 3, 64, 48)
+    batch = torch.export.Dim("batch")
+    program = torch.export.export(model, (images[:2],), dynamic_shapes=({0: batch},))
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        expected = model(images)
+        # float32 eps is 1e-7, and a decomposed layer may round elsewhere
+        torch.testing.assert_close(compiled(images), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(program.module()(images), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_final_convolution_is_replaced_with_its_geometry() -> None:

@@ -113,7 +113,10 @@ ROOMS = [
     (schedule.learning_rate_factor, {"warmup_start": 1e-6, "power": 1.0}),
     (
         optimizer.parameter_groups,
-        {"head_multiplier": 10.0, "head_prefixes": ("segmenter.head", "plm.adapter")},
+        {
+            "head_multiplier": 10.0,
+            "head_prefixes": ("segmenter.head", "segmenter.auxiliary", "plm.adapter"),
+        },
     ),
     (
         CLIPTeacherConfig,
@@ -145,6 +148,7 @@ ROOMS = [
             "focal_weight": 100.0,
             "dice_weight": 1.0,
             "generate_weight": 1.0,
+            "auxiliary_weight": 0.0,
         },
     ),
 ]

@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from cliptteacher.evaluation import evaluate, format_scores, scores_as_percent
+from cliptteacher.inference import Predictor
 from cliptteacher.metrics import SegmentationMetrics
 
 NAMES = ("grass", "sky", "cow", "boat")
@@ -147,19 +149,78 @@ def test_progress_counts_the_images_of_the_rank() -> None:
     assert calls == [(2, 4), (3, 4), (4, 4)]  # images 0 2 | 4 | 6
 
 
-def _rank_process(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    result = evaluate(red_channel, Scenes(), rank=rank, world_size=2)
-    torch.save(dict(result), f"{folder}/{rank}.pt")
+def sliding(**settings: Any) -> Predictor:
+    """A tiny student (a patch of two pixels, four channels) under text features of four classes."""
+    generator = torch.Generator().manual_seed(0)
+    student = torch.nn.Conv2d(3, 4, 2, stride=2)
+    with torch.no_grad():
+        student.weight.copy_(torch.randn(student.weight.shape, generator=generator))
+        student.bias.copy_(-student.weight.sum((1, 2, 3)) / 2)  # type: ignore[union-attr]
+    text = torch.randn(4, 4, generator=generator)
+    return Predictor(student, text, unseen=[2], gamma=0.1, **settings)
+
+
+class Colours(Scenes):
+    """The same sizes in three different channels, so that every pixel is predicted otherwise."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        _, label = super().__getitem__(index)
+        generator = torch.Generator().manual_seed(100 + index)
+        size = (3, *self.sizes[index])
+        return torch.randint(256, size, generator=generator, dtype=torch.uint8), label
+
+
+WAYS = {"whole": {}, "slide": {"mode": "slide", "window": 6, "stride": 5, "resize": (12, 8)}}
+
+
+def _rank_process(rank: int, world_size: int, folder: str) -> None:
+    meet = f"file://{folder}/meet"
+    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=world_size)
+    seen: list[int] = []
+    results = {}
+    for name, settings in WAYS.items():
+        results[name] = dict(
+            evaluate(
+                sliding(**settings),
+                Colours(),
+                rank=rank,
+                world_size=world_size,
+                on_sample=lambda index, *_: seen.append(index),
+            )
+        )
+    torch.save({"seen": seen, **results}, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one(tmp_path: Path) -> None:
-    mp.spawn(_rank_process, args=(str(tmp_path),), nprocs=2)  # type: ignore[no-untyped-call]
-    expected = dict(evaluate(red_channel, Scenes()))
-    for rank in range(2):
-        assert same(torch.load(tmp_path / f"{rank}.pt", weights_only=True), expected)
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_several_processes_equal_one(tmp_path: Path, world_size: int) -> None:
+    """Whole images and sliding windows; seven images, so the shares differ in size."""
+    mp.spawn(_rank_process, args=(world_size, str(tmp_path)), nprocs=world_size)  # type: ignore[no-untyped-call]
+    expected = {name: dict(evaluate(sliding(**way), Colours())) for name, way in WAYS.items()}
+    assert not same(expected["whole"], expected["slide"])
+    assert 0 < expected["slide"]["pAcc"] < 1  # type: ignore[operator]
+    loaded = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(world_size)]
+    seen = [index for result in loaded for index in result["seen"]]
+    assert sorted(seen) == sorted([*range(7)] * len(WAYS))
+    for result in loaded:
+        for name in WAYS:
+            assert same(result[name], expected[name])
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_labels_are_predicted_at_the_original_size(way: str) -> None:
+    """Through the predictor that evaluation is given, by hand: logits, argmax, count."""
+    predictor, data = sliding(**WAYS[way]), Colours()
+    shapes: list[tuple[int, ...]] = []
+    metrics = SegmentationMetrics(4, unseen=[2])
+    for index in range(7):
+        image, label = data[index]
+        prediction = predictor.logits(image).argmax(0)
+        shapes.append(tuple(prediction.shape))
+        metrics.update(prediction, label)
+    assert tuple(shapes) == Scenes.sizes
+    assert same(dict(metrics.compute()), dict(evaluate(predictor, data)))
 
 
 @pytest.mark.parametrize(

@@ -207,22 +207,20 @@ ENTITIES = (
 def test_generated_strings_have_open_clip_s_ids(peer, seed: int, count: int) -> None:  # type: ignore[no-untyped-def]
     rng, tokenizer = random.Random(seed), load_tokenizer()
     too_long = 0
-    for first in range(0, count, 500):
+    for _ in range(0, count, 500):
         texts = [generate_text(rng) for _ in range(500)]
-        encoded = [peer.encode(text) for text in texts]
-        assert [tokenizer.encode(text) for text in texts] == encoded
-        assert torch.equal(tokenize(texts, truncate=True), peer(texts))
-        for text, ids in zip(texts, encoded, strict=True):
+        rows = tokenize(texts, truncate=True)
+        assert torch.equal(rows, peer(texts))
+        for text in (text for text, row in zip(texts, rows, strict=True) if row[-1] == END):
+            ids = peer.encode(text)
+            assert tokenizer.encode(text) == ids
             if len(ids) > 75:  # OpenAI's function raises here, open_clip's cuts
                 too_long += 1
                 with pytest.raises(ValueError, match=f"fit into 77 tokens, got {len(ids) + 2} for"):
                     tokenize(text)
-            elif first == 0:
-                assert tokenize(text)[0].tolist() == [START, *ids, END, *[0] * (75 - len(ids))]
     assert count / 100 < too_long < count / 2
 
 
-@pytest.mark.slow
 def test_every_class_name_in_every_template(peer) -> None:  # type: ignore[no-untyped-def]
     names = {*VOC_NAMES, *COCO_STUFF_NAMES, *PASCAL_CONTEXT_NAMES, *MINIWORLD_NAMES}
     assert len(names) > 200

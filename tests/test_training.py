@@ -135,41 +135,68 @@ def test_rate_and_decay_of_a_segformer_by_name() -> None:
         assert decay == (0.0 if ".norm" in name else 0.01), name
 
 
-FPN = {
-    "segmenter.stem.0.weight": (6e-5, 0.01),
-    "segmenter.stem.1.weight": (6e-5, 0.0),
-    "segmenter.stages.0.0.first.0.weight": (6e-5, 0.01),
-    "segmenter.stages.3.1.second.1.bias": (6e-5, 0.0),
-    "plm.adapter.norm_mlp.bias": (6e-4, 0.0),
-    "plm.adapter.attend_self.query.weight": (6e-4, 0.01),
+OTHER_STUDENTS = {
+    "fpn_small": {
+        "segmenter.stem.0.weight": (6e-5, 0.01),
+        "segmenter.stem.1.weight": (6e-5, 0.0),
+        "segmenter.stages.0.0.first.0.weight": (6e-5, 0.01),
+        "segmenter.stages.3.1.second.1.bias": (6e-5, 0.0),
+        "plm.adapter.norm_mlp.bias": (6e-4, 0.0),
+        "plm.adapter.attend_self.query.weight": (6e-4, 0.01),
+    },
+    "segnext_nano": {
+        "segmenter.backbone.stages.0.patch_embed.proj.0.weight": (6e-5, 0.01),
+        "segmenter.backbone.stages.0.patch_embed.proj.1.weight": (6e-5, 0.0),
+        "segmenter.backbone.stages.0.blocks.0.layer_scale_1": (6e-5, 0.01),
+        "segmenter.backbone.stages.0.norm.bias": (6e-5, 0.0),
+        "segmenter.head.squeeze.gn.weight": (6e-4, 0.0),
+    },
+    "swin_nano": {
+        "segmenter.backbone.features.0.0.weight": (6e-5, 0.01),
+        "segmenter.backbone.features.0.2.weight": (6e-5, 0.0),
+        "segmenter.backbone.features.1.0.attn.relative_position_bias_table": (6e-5, 0.0),
+        "segmenter.backbone.features.1.0.attn.qkv.weight": (6e-5, 0.01),
+        "segmenter.head.pooled.0.1.weight": (6e-4, 0.0),
+    },
 }
 
 
-def test_rate_and_decay_of_the_pyramid_by_name() -> None:
-    rates = rates_by_name(teach(build_segmenter("fpn_small", 16)))
-    for name, expected in FPN.items():
-        assert rates[name] == pytest.approx(expected), name
-    head = [rate for name, (rate, _) in rates.items() if name.startswith("segmenter.head.")]
-    assert len(head) > 8 and head == pytest.approx([6e-4] * len(head))
+@pytest.mark.parametrize("name", OTHER_STUDENTS)
+def test_rate_and_decay_of_other_students_by_name(name: str) -> None:
+    rates = rates_by_name(teach(build_segmenter(name, 16)))
+    for path, expected in OTHER_STUDENTS[name].items():
+        assert rates[path] == pytest.approx(expected), path
 
 
-PUBLISHED = [name for name in list_segmenters() if name.startswith(("fpn", "segformer"))]
+NORMS = ("LayerNorm", "BatchNorm2d", "GroupNorm")
+NO_NORMS = ("Linear", "Conv2d")
+LOOSE = {"relative_position_bias_table": 0.0, "layer_scale_1": 0.01, "layer_scale_2": 0.01}
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_rate_and_decay_of_every_parameter_by_its_owner(name: str) -> None:
-    """The rule said again: norms (all that the networks have) bare, the head ten times as fast."""
+@pytest.mark.parametrize("multiplier", [10.0, 1.0])  # 1 is the toolbox's for Swin
+@pytest.mark.parametrize("name", list_segmenters())
+def test_rate_and_decay_of_every_parameter_by_its_owner(name: str, multiplier: float) -> None:
+    """Norms and position tables bare, the head ten times as fast; said again, type by type."""
     with torch.device("meta"):
         segmenter = build_segmenter(name, 16)
     model = teach(segmenter)
-    rates = rates_by_name(model)
+    rates = rates_by_name(model, head_multiplier=multiplier)
     owners = dict(model.named_modules())
     for path, _ in model.named_parameters():
-        owner = type(owners[path.rpartition(".")[0]]).__name__
+        above, _, leaf = path.rpartition(".")
+        owner = type(owners[above]).__name__
+        assert owner in (*NORMS, *NO_NORMS) or leaf in LOOSE, path  # a new kind needs a decision
+        decay = 0.0 if owner in NORMS else LOOSE.get(leaf, 0.01)
         head = path.startswith(("segmenter.head.", "plm.adapter."))
-        bare = owner in ("LayerNorm", "BatchNorm2d")
-        assert bare or owner in ("Linear", "Conv2d"), owner  # a new kind needs a decision
-        assert rates[path] == pytest.approx((6e-4 if head else 6e-5, 0.0 if bare else 0.01)), path
+        assert rates[path] == pytest.approx((6e-5 * multiplier if head else 6e-5, decay)), path
+
+
+def test_the_auxiliary_head_learns_as_the_head_does() -> None:
+    segmenter = build_segmenter("swin_nano", 16, auxiliary=True)
+    config = CLIPTeacherConfig(adapter_heads=2, auxiliary_weight=0.4)
+    rates = rates_by_name(CLIPTeacher(tiny_clip(), segmenter, ("cat", "dog"), config))
+    auxiliary = [rate for name, (rate, _) in rates.items() if ".auxiliary." in name]
+    assert len(auxiliary) >= 4 and auxiliary == pytest.approx([6e-4] * len(auxiliary))
 
 
 def test_every_parameter_is_in_one_group() -> None:

@@ -21,6 +21,7 @@ from cliptteacher.data.transforms import (
     resize_keep_ratio,
     scale_saturation,
     training_transform,
+    turn_hue,
 )
 
 
@@ -233,6 +234,15 @@ def test_scale_saturation_equals_hsv(rgb: tuple[int, int, int], factor: float) -
     expected = torch.tensor(colorsys.hsv_to_rgb(h, min(s * factor, 1.0), v))
     pixel = torch.tensor(rgb).view(3, 1, 1) / 255
     torch.testing.assert_close(scale_saturation(pixel, factor).flatten(), expected)
+
+
+@given(st.tuples(*[st.integers(0, 255)] * 3), st.floats(-0.5, 0.5, allow_nan=False, width=32))
+def test_turn_hue_equals_hsv(rgb: tuple[int, int, int], turn: float) -> None:
+    hue, saturation, value = colorsys.rgb_to_hsv(*(channel / 255 for channel in rgb))
+    expected = torch.tensor(colorsys.hsv_to_rgb((hue + turn) % 1, saturation, value))
+    pixels = (torch.tensor(rgb) / 255).reshape(3, 1, 1)
+    # A hue in sixths of the circle carries some roundings of size 6 times float32's 6e-8.
+    assert torch.allclose(turn_hue(pixels, turn).flatten(), expected, rtol=0, atol=4e-6)
 
 
 def test_pad_to_fills_right_and_bottom() -> None:

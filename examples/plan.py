@@ -1,0 +1,141 @@
+"""Say what `train.py` is about to do: classes, parameters, the paper's scores, hours and memory.
+
+A dry run needs neither the weights of a published CLIP nor a prepared benchmark: networks are
+built on PyTorch's meta device, where tensors have sizes but no numbers, and the classes of the
+benchmarks are known by name.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from cliptteacher.clip import load_clip
+from cliptteacher.clip.model import CLIP, CLIPConfig
+from cliptteacher.clip.prompts import clean_class_name
+from cliptteacher.data import SeenOnly, open_dataset
+from cliptteacher.data.catalog import BENCHMARKS
+from cliptteacher.framework import CLIPTeacher, CLIPTeacherConfig
+from cliptteacher.segmenters import build_segmenter
+from cliptteacher.training.config import TrainConfig
+from cliptteacher.training.cost import ASSUMED_TFLOPS, COUNTED_FOR, STEP_COSTS
+from cliptteacher.training.distributed import Process
+from cliptteacher.training.optimizer import parameter_groups
+from cliptteacher.training.paper_recipes import PAPER_ROWS, ROOTS
+
+_LARGE = {"embed_dim": 768, "patch_size": 14, "vision_width": 1024, "vision_layers": 24}
+CLIP_SIZES = {
+    "ViT-B/16": CLIPConfig(),
+    "ViT-B/32": CLIPConfig(patch_size=32),
+    "ViT-L/14": CLIPConfig(**_LARGE, text_width=768),
+    "ViT-L/14@336px": CLIPConfig(**_LARGE, text_width=768, image_size=336),
+}
+PAPER_GPUS = 8
+
+
+def dry_run(recipe: str, config: TrainConfig, method: CLIPTeacherConfig, process: Process) -> None:
+    """Print the plan of a run of which nothing has been downloaded yet."""
+    seen, unseen, images = count_data(config)
+    clip = build_clip(config.clip)
+    options = {"auxiliary": True} if method.auxiliary_weight > 0 else {}
+    with torch.device("meta"):
+        segmenter = build_segmenter(config.segmenter, clip.embed_dim, **options)
+    # Words and templates change no size; encoding fifteen templates of 156 names takes a while.
+    model = CLIPTeacher(clip, segmenter, ["any"], replace(method, templates="single"))
+    groups = parameter_groups(
+        model, config.learning_rate, config.weight_decay, config.head_multiplier
+    )
+    print_plan(recipe, config, groups, (seen, unseen), images, process)
+
+
+def print_plan(
+    recipe: str,
+    config: TrainConfig,
+    groups: Sequence[dict[str, Any]],
+    classes: tuple[int, int],
+    images: int,
+    process: Process,
+) -> None:
+    """Print what is about to happen; `classes` are those with and those without labels."""
+    print(
+        f"recipe {recipe}: {config.segmenter} taught by CLIP {config.clip} on {config.data}, "
+        f"{images} images, {classes[0]} classes with labels, {classes[1]} without\n"
+        f"{config.iterations} iterations of {config.batch_size} crops of {config.crop} pixels, "
+        f"{process.world_size} processes on {process.device.type}, "
+        f"{torch.get_num_threads()} threads each, seed {config.seed}"
+    )
+    for group in groups:
+        count = sum(p.numel() for p in group["params"])
+        print(
+            f"  {group['name']:<20} {count / 1e6:7.3f} M parameters, "
+            f"learning rate {group['base_lr']:.1e}, weight decay {group['weight_decay']}"
+        )
+    if recipe in PAPER_ROWS:
+        print_row(recipe, config)
+
+
+def print_row(recipe: str, config: TrainConfig) -> None:
+    """Print what the paper reached, what it costs to try, and the commands."""
+    row = PAPER_ROWS[recipe]
+    four = "  ".join(f"{score:.1f}" for score in row.scores)
+    print(f"paper, Table {row.table}: pAcc, mIoU(S), mIoU(U), hIoU  {four}")
+    print_cost(config)
+    trained = f"coco_stuff_{config.segmenter}" if row.evaluate_on else recipe
+    launch = f"torchrun --standalone --nproc_per_node={PAPER_GPUS}"
+    root = shlex.quote(str(config.root))
+    print(f"train:    {launch} examples/train.py --recipe {trained} --root {root}", end="")
+    print(f" --output runs/{trained}")
+    if row.evaluate_on:
+        coco, target = BENCHMARKS["coco_stuff"], BENCHMARKS[row.evaluate_on].class_names
+        # As words.py compares them: "building" is what training called "building-other".
+        seen = {clean_class_name(name) for name in coco.class_names if name not in coco.unseen}
+        unseen = [name for name in target if clean_class_name(name) not in seen]
+        print(f"evaluate: {launch} examples/evaluate.py --checkpoint runs/{trained}", end="")
+        print(f" --data {row.evaluate_on} --root {ROOTS[row.evaluate_on]}")
+        print(f"{len(unseen)} of its {len(target)} classes are unseen: {', '.join(unseen)}")
+
+
+def print_cost(config: TrainConfig) -> None:
+    """Print hours and memory, and the arithmetic behind them."""
+    cost = STEP_COSTS.get(config.segmenter)
+    if cost is None or any(getattr(config, name) != value for name, value in COUNTED_FOR.items()):
+        print("cost: not counted for these networks and crops, see benchmarks/step_cost.py")
+        return
+    crops = config.iterations * config.batch_size
+    hours = cost.gpu_hours(crops)
+    print(
+        f"cost, estimated: {crops} crops x {cost.gflop} GFLOP / {ASSUMED_TFLOPS:g} TFLOP/s, "
+        f"assumed of an A100 in bf16, = {hours:.1f} GPU hours; a GPU takes "
+        f"{cost.crops_per_second():.0f} crops a second"
+    )
+    for gpus in (1, PAPER_GPUS):
+        share = -(-config.batch_size // gpus)
+        print(
+            f"  {gpus} GPU{'s' if gpus > 1 else ''}: {hours / gpus:.1f} hours, "
+            f"{cost.memory_gib(share):.1f} GiB each = 16 B x {cost.trainable} M + "
+            f"4 B x {cost.frozen} M + {share} crops x {cost.saved_gib} GiB"
+        )
+
+
+def count_data(config: TrainConfig) -> tuple[int, int, int]:
+    """Count the classes with and without labels and the training images."""
+    if config.data in BENCHMARKS:
+        benchmark = BENCHMARKS[config.data]
+        names, unseen = len(benchmark.class_names), len(benchmark.unseen)
+        unseen = 0 if config.closed_set else unseen
+        return names - unseen, unseen, benchmark.counts["train"]
+    dataset = open_dataset(config.data, config.root, "train")
+    seen = len(SeenOnly(dataset, closed_set=config.closed_set).class_names)
+    return seen, len(dataset.class_names) - seen, len(dataset)
+
+
+def build_clip(name: str) -> CLIP:
+    """Build a published CLIP without its numbers; any other is loaded."""
+    if name not in CLIP_SIZES:
+        return load_clip(name)
+    with torch.device("meta"):
+        return CLIP(CLIP_SIZES[name])
