@@ -51,7 +51,7 @@ from cliptteacher.training.distributed import (
     wait_for_all,
 )
 from cliptteacher.training.optimizer import build_optimizer, parameter_groups, set_learning_rate
-from cliptteacher.training.recipes import default_recipe, get_recipe, list_recipes
+from cliptteacher.training.recipes import default_recipe, get_recipe
 from cliptteacher.training.run import (
     MetricsLog,
     Progress,
@@ -82,7 +82,7 @@ def read_configuration(argv: list[str] | None) -> tuple[str, TrainConfig, CLIPTe
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--recipe", choices=list_recipes(), help="default: as --data, or paper")
+    parser.add_argument("--recipe", help="default: as --data, or paper; see training/recipes.py")
     parser.add_argument("--config", type=Path, help="JSON file, such as config.json of a run")
     classes = (TrainConfig, CLIPTeacherConfig)
     namespace, given = parse_arguments(parser, classes, argv)
@@ -114,7 +114,12 @@ def train(
     # Teacher, student, optimiser.
     clip = load_clip(config.clip)
     extra = {"auxiliary": True} if method.auxiliary_weight > 0 else {}
-    segmenter = build_segmenter(config.segmenter, clip.embed_dim, config.segmenter_weights, **extra)
+    try:
+        segmenter = build_segmenter(
+            config.segmenter, clip.embed_dim, config.segmenter_weights, **extra
+        )
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     segmenter = segmenter.to(memory_format=layout)
     model = CLIPTeacher(clip, segmenter, seen_set.class_names, method).to(process.device)
