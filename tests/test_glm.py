@@ -215,6 +215,15 @@ def test_bank_state_round_trip_through_a_file(tmp_path: Path) -> None:
     assert torch.equal(copy.bank.rows(), module.bank.rows())
 
 
+def test_bank_round_trip_drops_what_was_there_before() -> None:
+    bank, other = CLSBank(4), CLSBank(4)
+    for value in (1.0, 2.0, 3.0):
+        bank.insert(torch.full((2, 3), value))
+    other.insert(torch.full((1, 3), 9.0))
+    bank.load_state_dict(other.state_dict())
+    assert torch.equal(bank.rows(), other.rows())
+
+
 def test_the_module_has_no_parameters_and_no_state() -> None:
     module = GlobalLearningModule()
     module(*random_step(0))

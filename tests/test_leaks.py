@@ -49,6 +49,8 @@ class Telltale:
 
 def load_program(name: str) -> ModuleType:
     path = Path(__file__).parent.parent / "examples" / f"{name}.py"
+    if str(path.parent) not in sys.path:  # a program finds the files beside it
+        sys.path.append(str(path.parent))
     spec = importlib.util.spec_from_file_location(f"examples_{name}", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module

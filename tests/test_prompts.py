@@ -59,6 +59,7 @@ def test_the_fifteen_templates_word_for_word() -> None:
         ("other", "other"),
         ("  two   words ", "two words"),
         ("other-stuffing", "other stuffing"),
+        ("a-name of-five words", "a name of five words"),
     ],
 )
 def test_clean_class_name(name: str, cleaned: str) -> None:

@@ -85,6 +85,15 @@ def test_the_decoder_equals_a_literal_layer() -> None:
     torch.testing.assert_close(layer(*sets), literal_decoder(layer, *sets), rtol=1e-10, atol=1e-10)
 
 
+def test_without_a_present_row_every_row_is_attended() -> None:
+    """Attention to nothing is NaN in some versions of PyTorch and zero in others."""
+    layer = build("decoder")
+    prototypes, cls, present = random_sets()
+    expected = literal_decoder(layer, prototypes, cls, torch.ones_like(present))
+    found = layer(prototypes, cls, torch.zeros_like(present))
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
 def test_the_sizes_are_those_of_one_decoder_layer() -> None:
     shapes = {name: tuple(p.shape) for name, p in DecoderAdapter(16).named_parameters()}
     expected = {f"norm_{part}.{kind}": (16,) for part in ("self", "cross", "mlp")
