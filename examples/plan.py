@@ -13,10 +13,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from words import spelling
 
 from cliptteacher.clip import load_clip
 from cliptteacher.clip.model import CLIP, CLIPConfig
-from cliptteacher.clip.prompts import clean_class_name
 from cliptteacher.data import SeenOnly, open_dataset
 from cliptteacher.data.catalog import BENCHMARKS
 from cliptteacher.framework import CLIPTeacher, CLIPTeacherConfig
@@ -91,9 +91,9 @@ def print_row(recipe: str, config: TrainConfig) -> None:
     print(f" --output runs/{trained}")
     if row.evaluate_on:
         coco, target = BENCHMARKS["coco_stuff"], BENCHMARKS[row.evaluate_on].class_names
-        # As words.py compares them: "building" is what training called "building-other".
-        seen = {clean_class_name(name) for name in coco.class_names if name not in coco.unseen}
-        unseen = [name for name in target if clean_class_name(name) not in seen]
+        # "building" is what training called "building-other".
+        seen = {spelling(name) for name in coco.class_names if name not in coco.unseen}
+        unseen = [name for name in target if spelling(name) not in seen]
         print(f"evaluate: {launch} examples/evaluate.py --checkpoint runs/{trained}", end="")
         print(f" --data {row.evaluate_on} --root {ROOTS[row.evaluate_on]}")
         print(f"{len(unseen)} of its {len(target)} classes are unseen: {', '.join(unseen)}")

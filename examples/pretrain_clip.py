@@ -17,30 +17,19 @@ the ensemble works, but its further words ("small", "scene", ...) say nothing to
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import math
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from captions import Captions, FolderCaptions, MiniWorldCaptions, caption_batches
 from torch import Generator, Tensor, nn
-from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
-from torchvision.tv_tensors import Image, Mask
 
 from cliptteacher.clip import CLIP, CLIPConfig, class_text_features, save_clip, tokenize
 from cliptteacher.data.folder import FolderDataset
-from cliptteacher.data.miniworld import (
-    CLASS_NAMES,
-    MiniWorld,
-    caption_of,
-    draw_scene,
-    draw_single_class,
-    present_classes,
-)
+from cliptteacher.data.miniworld import MiniWorld, draw_single_class
 from cliptteacher.data.splits import SegmentationDataset
 from cliptteacher.training.run import MetricsLog, write_json
 
@@ -67,7 +56,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--text-layers", type=int, default=2)
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     parser.add_argument("--weight-decay", type=float, default=0.05)
-    parser.add_argument("--max-scale", type=float, default=100.0, help="of exp(logit_scale)")
+    parser.add_argument("--max-scale", type=float, default=100.0, help="limit of exp(logit_scale)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, help="CPU threads of torch")
@@ -77,98 +66,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     if args.data == "folder" and args.root is None:
         parser.error("--data folder needs --root, the folder of the data set")
     return args
-
-
-class MiniWorldCaptions:
-    """Scenes of the endless ``pretrain`` split, a third of them with one class alone."""
-
-    def __init__(self, length: int, size: int) -> None:
-        self.class_names = CLASS_NAMES
-        self.images = torch.empty(length, 3, size, size, dtype=torch.uint8)
-        self.labels = torch.empty(length, size, size, dtype=torch.uint8)
-        for i in range(length):
-            generator = Generator().manual_seed(i)  # the other splits start at 2^30
-            single = i % 3 == 0
-            self.images[i], self.labels[i] = (
-                draw_single_class(generator, size, i // 3 % len(CLASS_NAMES))
-                if single
-                else draw_scene(generator, size)
-            )
-            if i % 4000 == 3999:
-                print(f"drew {i + 1} of {length} scenes")
-
-    def sample(self, generator: Generator) -> tuple[Tensor, Tensor]:
-        """Draw a scene, half of the time mirrored."""
-        i = int(torch.randint(len(self.images), (), generator=generator))
-        image, labels = self.images[i], self.labels[i]
-        if torch.rand((), generator=generator) < 0.5:
-            return image.flip(-1), labels.flip(-1)
-        return image, labels
-
-
-class FolderCaptions:
-    """Random resized crops of the training photographs of a folder data set."""
-
-    def __init__(self, dataset: SegmentationDataset, size: int) -> None:
-        self.class_names = tuple(dataset.class_names)
-        self.items = [dataset[i] for i in range(len(dataset))]
-        self.transform = v2.Compose(
-            [
-                v2.RandomResizedCrop(size, scale=(0.06, 1.0), ratio=(0.75, 1.33), antialias=True),
-                v2.RandomHorizontalFlip(),
-                v2.ColorJitter(0.3, 0.3, 0.3, 0.05),
-                v2.RandomGrayscale(0.05),
-            ]
-        )
-
-    def sample(self, generator: Generator) -> tuple[Tensor, Tensor]:
-        """Draw an augmented crop."""
-        i = int(torch.randint(len(self.items), (), generator=generator))
-        image, labels = self.items[i]
-        image, labels = self.transform(Image(image), Mask(labels))
-        return image.as_subclass(Tensor), labels.as_subclass(Tensor)
-
-
-Captions = MiniWorldCaptions | FolderCaptions
-
-
-class CaptionBatch(NamedTuple):
-    """Images, one caption each, and which caption is true of which image."""
-
-    images: Tensor  # (B, 3, H, W) uint8
-    texts: list[str]
-    true: Tensor  # (B, B) bool: caption j names only classes that image i shows
-
-
-def caption_batches(captions: Captions, batch_size: int, seed: int) -> Iterator[CaptionBatch]:
-    """Draw batches endlessly; a caption names all classes of its image, or some of them."""
-    generator = Generator().manual_seed(seed)
-    num_classes = len(captions.class_names)
-    while True:
-        images: list[Tensor] = []
-        texts: list[str] = []
-        shown = torch.zeros(batch_size, num_classes)
-        named = torch.zeros(batch_size, num_classes)
-        while len(images) < batch_size:
-            image, labels = captions.sample(generator)
-            present = present_classes(labels, num_classes)
-            if not present:
-                continue
-            chosen = choose_mentioned(present, generator)
-            shown[len(images), present] = 1
-            named[len(images), chosen] = 1
-            images.append(image)
-            texts.append(caption_of([captions.class_names[i] for i in chosen], generator))
-        yield CaptionBatch(torch.stack(images), texts, (1 - shown) @ named.T == 0)
-
-
-def choose_mentioned(present: list[int], generator: Generator) -> list[int]:
-    """Choose what a caption mentions: everything, or, as people do, a part of it."""
-    if torch.rand((), generator=generator) < 0.3:
-        return present
-    count = 1 + int(torch.randint(len(present), (), generator=generator))
-    order = torch.randperm(len(present), generator=generator)[:count].tolist()
-    return [present[i] for i in order]
 
 
 def contrastive_loss(image: Tensor, text: Tensor, scale: Tensor, true: Tensor) -> Tensor:
@@ -347,10 +244,10 @@ def measure(
     text = class_text_features(clip, held_out.class_names)
     if args.data == "folder":
         return {"dense_accuracy_val": dense_accuracy(clip, text, held_out, 60)}
+    size = args.image_size
     return {
-        f"single_class_accuracy_{size}": single_class_accuracy(clip, text, size)
-        for size in (args.image_size, 2 * args.image_size)
-    } | {
+        f"single_class_accuracy_{size}": single_class_accuracy(clip, text, size),
+        f"single_class_accuracy_{2 * size}": single_class_accuracy(clip, text, 2 * size),
         "dense_accuracy_val_128": dense_accuracy(clip, text, held_out, 192),
     }
 
@@ -364,8 +261,15 @@ def open_data(args: argparse.Namespace) -> tuple[Captions, SegmentationDataset]:
 
 
 def build_clip(args: argparse.Namespace) -> CLIP:
-    sizes = (field.name for field in dataclasses.fields(CLIPConfig))
-    config = CLIPConfig(**{name: getattr(args, name) for name in sizes if hasattr(args, name)})
+    config = CLIPConfig(
+        embed_dim=args.embed_dim,
+        image_size=args.image_size,
+        patch_size=args.patch_size,
+        vision_width=args.vision_width,
+        vision_layers=args.vision_layers,
+        text_width=args.text_width,
+        text_layers=args.text_layers,
+    )
     return CLIP(config).to(args.device)
 
 
@@ -393,6 +297,7 @@ def main(argv: list[str] | None = None) -> None:
     save_clip(teacher, args.output / "clip.pt", extra=extra)
     scores = measure(teacher, held_out, args)
     log.write({"step": iterations, "minutes": minutes, **scores})
+    log.close()
     for name, value in scores.items():
         print(f"{name}: {100 * value:.1f} %")
     print(f"wrote {args.output / 'clip.pt'} after {iterations} iterations, {minutes:.1f} min")

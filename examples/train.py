@@ -336,8 +336,12 @@ def report(scores: dict[str, Any], step: int, log: MetricsLog | None, full: bool
         return
     table = str(scores.pop("table"))
     log.write({"step": step, **scores})
-    four = "  ".join(f"{n} {'-' if scores[n] is None else f'{scores[n]:.1f}'}" for n in SCORES)
+    four = "  ".join(f"{name} {_percent(scores[name])}" for name in SCORES)
     print(table if full else f"{step:>6} {scores['split']}: {four}", flush=True)
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
 
 
 def checkpoint_content(

@@ -35,9 +35,9 @@ def with_words(
         FileNotFoundError: if the CLIP is needed and not there.
         ValueError: if a word is blank, or the CLIP is not the one that taught the student.
     """
-    known = {_key(name): k for k, name in enumerate(trained.class_names)}
-    seen = {_key(name) for k, name in enumerate(trained.class_names) if k not in trained.unseen}
-    keys = [_key(word) for word in words]
+    known = {spelling(name): k for k, name in enumerate(trained.class_names)}
+    seen = {spelling(name) for k, name in enumerate(trained.class_names) if k not in trained.unseen}
+    keys = [spelling(word) for word in words]
     unread: list[str] = []
     if all(key in known for key in keys):
         text = trained.text_features[[known[key] for key in keys]]
@@ -61,7 +61,7 @@ def unread_words(clip: CLIP, words: Sequence[str]) -> list[str]:
     return [word for word in words if not bool(read[encode(clean_class_name(word))].all())]
 
 
-def _key(word: str) -> str:
+def spelling(word: str) -> str:
     """Spell a word as the text encoder sees it, so that "Wall-Brick" is "wall brick"."""
     return clean_class_name(word).lower()
 

@@ -293,7 +293,7 @@ def test_imagenet_weights_are_downloaded_checked_and_cached(
     monkeypatch.setitem(weights.SEGFORMER_IMAGENET, "segformer_b0", name)
     monkeypatch.setattr(weights, "_SEGFORMER_HOST", f"{tmp_path.as_uri()}/host/")
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    weights._announce.cache_clear()
+    weights.announce.cache_clear()
     (tmp_path / "host").mkdir()
     (tmp_path / "host" / name).write_bytes(source.read_bytes())
     for _ in range(2):

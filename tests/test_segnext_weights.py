@@ -164,7 +164,7 @@ def test_imagenet_weights_are_downloaded_checked_and_cached(
     monkeypatch.setitem(segnext_weights.SEGNEXT_IMAGENET, "segnext_t", name)
     monkeypatch.setattr(segnext_weights, "_HOST", f"{tmp_path.as_uri()}/host/")
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    weights._announce.cache_clear()
+    weights.announce.cache_clear()
     (tmp_path / "host").mkdir()
     (tmp_path / "host" / name).write_bytes(source.read_bytes())
     for _ in range(2):

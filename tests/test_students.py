@@ -218,6 +218,7 @@ def step_twice(model: CLIPTeacher, seed: int = 0) -> None:
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
     for step in range(2):
         wrapped(*batch(seed=seed + step))["total"].backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 @pytest.mark.usefixtures("process_group")

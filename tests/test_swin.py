@@ -610,7 +610,7 @@ def publish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     url = f"{tmp_path.as_uri()}/{name}"
     monkeypatch.setattr(torchvision.models, "get_weight", lambda _: SimpleNamespace(url=url))
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    weights._announce.cache_clear()
+    weights.announce.cache_clear()
     return name
 
 

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .segformer import IMAGENET_MEAN, IMAGENET_STD
+from .student import IMAGENET_MEAN, IMAGENET_STD
 
 logger = logging.getLogger(__name__)
 

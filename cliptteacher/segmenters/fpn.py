@@ -15,15 +15,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import cast
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_IMAGE_MEAN = (0.485, 0.456, 0.406)
-_IMAGE_STD = (0.229, 0.224, 0.225)
+from .student import Student, run_stages
 
 
-class FPNSegmenter(nn.Module):
+class FPNSegmenter(Student):
     """Residual encoder with a feature pyramid; images in [0, 1] -> (B, channels, H/4, W/4).
 
     Args:
@@ -34,8 +32,6 @@ class FPNSegmenter(nn.Module):
     """
 
     stride = 4
-    mean: Tensor
-    std: Tensor
 
     def __init__(
         self,
@@ -44,8 +40,7 @@ class FPNSegmenter(nn.Module):
         depth: int = 2,
         pyramid: int = 64,
     ) -> None:
-        super().__init__()
-        self.channels = channels
+        super().__init__(channels)
         self.stem = _convolution(3, widths[0] // 2, stride=2)
         inputs = (widths[0] // 2, *widths[:-1])
         self.stages = nn.ModuleList(
@@ -56,16 +51,10 @@ class FPNSegmenter(nn.Module):
             for before, width in zip(inputs, widths, strict=True)
         )
         self.head = PyramidHead(widths, pyramid, channels)
-        self.register_buffer("mean", torch.tensor(_IMAGE_MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(_IMAGE_STD).view(3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         """Compute dense features (B, channels, H/4, W/4) of images (B, 3, H, W) in [0, 1]."""
-        x = self.stem((images - self.mean) / self.std)
-        maps = []
-        for stage in self.stages:
-            x = stage(x)
-            maps.append(x)
+        maps = run_stages(self.stages, self.stem(self.normalize(images)))
         return cast(Tensor, self.head(maps))
 
 

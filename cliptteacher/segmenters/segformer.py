@@ -19,12 +19,10 @@ before it, on the small maps.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+from .student import Student, drop_path_rates, run_stages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,22 +211,14 @@ class MixTransformer(nn.Module):
 
     def __init__(self, config: SegformerConfig) -> None:
         super().__init__()
-        num_blocks = sum(config.depths)
-        drop_paths = [config.drop_path * i / max(1, num_blocks - 1) for i in range(num_blocks)]
         stages: list[Stage] = []
-        for index, depth in enumerate(config.depths):
+        for index, rates in enumerate(drop_path_rates(config.drop_path, config.depths)):
             in_channels = 3 if index == 0 else config.dims[index - 1]
-            first = sum(config.depths[:index])
-            stages.append(Stage(index, in_channels, config, drop_paths[first : first + depth]))
+            stages.append(Stage(index, in_channels, config, rates))
         self.stages = nn.ModuleList(stages)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        maps: list[Tensor] = []
-        x = images
-        for stage in self.stages:
-            x = stage(x)
-            maps.append(x)
-        return maps
+        return run_stages(self.stages, images)
 
 
 class SegformerHead(nn.Module):
@@ -267,7 +257,7 @@ class SegformerHead(nn.Module):
         return grid.permute(0, 3, 1, 2)
 
 
-class Segformer(nn.Module):
+class Segformer(Student):
     """Turn images into dense features of the joint image-text space.
 
     Args:
@@ -282,35 +272,23 @@ class Segformer(nn.Module):
         TypeError: If the images are not floating point.
         ValueError: If the images do not have shape (B, 3, H, W), or `channels` is not positive.
 
+    >>> import torch
     >>> model = Segformer(SEGFORMER_CONFIGS["segformer_nano"], channels=16)
     >>> model(torch.rand(2, 3, 64, 50)).shape
     torch.Size([2, 16, 16, 13])
     """
 
-    mean: Tensor
-    std: Tensor
     stride = 4
 
     def __init__(self, config: SegformerConfig, channels: int) -> None:
-        super().__init__()
-        if channels < 1:
-            raise ValueError(f"`channels` must be the width of the joint space, got {channels}")
+        super().__init__(channels)
         self.config = config
-        self.channels = channels
-        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
         self.backbone = MixTransformer(config)
         self.head = SegformerHead(config, channels)
         self.apply(_initialize)
 
     def forward(self, images: Tensor) -> Tensor:
-        if images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"`images` must have shape (B, 3, H, W), got {tuple(images.shape)}")
-        if not images.is_floating_point():
-            raise TypeError(
-                f"`images` must be floating point in [0, 1], got {images.dtype}; divide by 255"
-            )
-        features: Tensor = self.head(self.backbone((images - self.mean) / self.std))
+        features: Tensor = self.head(self.backbone(self.normalize(images)))
         return features
 
 

@@ -27,7 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .segformer import IMAGENET_MEAN, IMAGENET_STD, DropPath
+from .segformer import DropPath
+from .student import Student, drop_path_rates, run_stages
 
 _GROUPS = 32  # of the group norms in the head
 _EPS = 1e-6  # keeps the multiplicative updates away from 0 / 0
@@ -209,21 +210,11 @@ class MSCAN(nn.Module):
 
     def __init__(self, config: SegNeXtConfig) -> None:
         super().__init__()
-        num_blocks = sum(config.depths)
-        drop_paths = [config.drop_path * i / max(1, num_blocks - 1) for i in range(num_blocks)]
-        stages: list[Stage] = []
-        for index, depth in enumerate(config.depths):
-            first = sum(config.depths[:index])
-            stages.append(Stage(index, config, drop_paths[first : first + depth]))
-        self.stages = nn.ModuleList(stages)
+        rates = drop_path_rates(config.drop_path, config.depths)
+        self.stages = nn.ModuleList(Stage(index, config, rates[index]) for index in range(4))
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        maps: list[Tensor] = []
-        x = images
-        for stage in self.stages:
-            x = stage(x)
-            maps.append(x)
-        return maps
+        return run_stages(self.stages, images)
 
 
 def factorize(x: Tensor, bases: Tensor, steps: int) -> Tensor:
@@ -317,7 +308,7 @@ class LightHamHead(nn.Module):
         return features
 
 
-class SegNeXt(nn.Module):
+class SegNeXt(Student):
     """Turn images into dense features of the joint image-text space.
 
     Args:
@@ -338,31 +329,17 @@ class SegNeXt(nn.Module):
     torch.Size([2, 16, 16, 13])
     """
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(self, config: SegNeXtConfig, channels: int) -> None:
-        super().__init__()
-        if channels < 1:
-            raise ValueError(f"`channels` must be the width of the joint space, got {channels}")
+        super().__init__(channels)
         self.config = config
-        self.channels = channels
         self.stride = config.stride
-        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
         self.backbone = MSCAN(config)
         self.head = LightHamHead(config, channels)
         self.apply(_initialize)
         nn.init.normal_(self.head.classifier.weight, std=0.01)
 
     def forward(self, images: Tensor) -> Tensor:
-        if images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"`images` must have shape (B, 3, H, W), got {tuple(images.shape)}")
-        if not images.is_floating_point():
-            raise TypeError(
-                f"`images` must be floating point in [0, 1], got {images.dtype}; divide by 255"
-            )
-        features: Tensor = self.head(self.backbone((images - self.mean) / self.std))
+        features: Tensor = self.head(self.backbone(self.normalize(images)))
         return features
 
 

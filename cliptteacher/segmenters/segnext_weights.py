@@ -17,7 +17,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from .weights import _announce, fetch, load_segformer_weights, read_state_dict
+from .weights import announce, fetch, load_segformer_weights, read_state_dict
 
 _HOST = "https://download.openmmlab.com/mmsegmentation/v0.5/pretrain/segnext/"
 _LICENCE = (
@@ -61,7 +61,7 @@ def read_segnext_weights(name: str, source: str | Path) -> dict[str, Tensor]:
         raise ValueError(
             f'`weights="imagenet"` exists for {known}, not for {name!r}; pass a path or None'
         )
-    _announce(_LICENCE)
+    announce(_LICENCE)
     return convert_segnext_keys(read_state_dict(fetch(_HOST + SEGNEXT_IMAGENET[name])))
 
 

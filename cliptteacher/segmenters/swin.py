@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .segformer import IMAGENET_MEAN, IMAGENET_STD
+from .student import Student
 
 _PATCH = 4
 _POOL_SIZES = (1, 2, 3, 6)
@@ -198,7 +198,7 @@ class FCNHead(nn.Sequential):
         self.classifier = nn.Conv2d(width, channels, 1)
 
 
-class Swin(nn.Module):
+class Swin(Student):
     """Turn images into dense features of the joint image-text space.
 
     Args:
@@ -220,18 +220,11 @@ class Swin(nn.Module):
     torch.Size([2, 16, 16, 13])
     """
 
-    mean: Tensor
-    std: Tensor
     stride = 4
 
     def __init__(self, config: SwinConfig, channels: int) -> None:
-        super().__init__()
-        if channels < 1:
-            raise ValueError(f"`channels` must be the width of the joint space, got {channels}")
+        super().__init__(channels)
         self.config = config
-        self.channels = channels
-        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
         self.backbone = SwinBackbone(config)  # initialised by torchvision as in the Swin paper
         self.head = UPerNetHead(config.dims, config.head_channels, channels, config.dropout)
         self.head.apply(_initialize)
@@ -266,13 +259,7 @@ class Swin(nn.Module):
         return self.head(maps), self.auxiliary(maps[2])
 
     def _encode(self, images: Tensor) -> list[Tensor]:
-        if images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"`images` must have shape (B, 3, H, W), got {tuple(images.shape)}")
-        if not images.is_floating_point():
-            raise TypeError(
-                f"`images` must be floating point in [0, 1], got {images.dtype}; divide by 255"
-            )
-        maps: list[Tensor] = self.backbone((images - self.mean) / self.std)
+        maps: list[Tensor] = self.backbone(self.normalize(images))
         return maps
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:

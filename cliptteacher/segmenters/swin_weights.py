@@ -17,7 +17,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from .weights import _announce, _check_fit, _is_other_classifier, fetch, read_state_dict
+from .weights import announce, check_fit, fetch, is_other_classifier, read_state_dict
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ def read_swin_weights(name: str, source: str | Path) -> dict[str, Tensor]:
         )
     from torchvision.models import get_weight  # slow to import
 
-    _announce(_SWIN_LICENCE)
+    announce(_SWIN_LICENCE)
     published = get_weight(f"{SWIN_IMAGENET[name]}.IMAGENET1K_V1")
     return convert_swin_keys(read_state_dict(fetch(published.url)))
 
@@ -97,7 +97,7 @@ def load_swin_weights(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     current = model.state_dict()
     new = tuple(part for part in _NEW_PARTS if not any(key.startswith(part) for key in state))
     kept = {
-        key for key in current if key.startswith(new) or _is_other_classifier(key, state, current)
+        key for key in current if key.startswith(new) or is_other_classifier(key, state, current)
     }
     if kept:
         layers = sorted({key.rpartition(".")[0] for key in kept})
@@ -109,7 +109,7 @@ def load_swin_weights(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         if key not in kept and (has_auxiliary or not key.startswith("auxiliary."))
     }
     expected = {key: value for key, value in current.items() if key not in kept}
-    _check_fit(given, expected)
+    check_fit(given, expected)
     model.load_state_dict({**current, **given})
 
 

@@ -121,7 +121,7 @@ def read_segformer_weights(name: str, source: str | Path) -> dict[str, Tensor]:
         raise ValueError(
             f'`weights="imagenet"` exists for {known}, not for {name!r}; pass a path or None'
         )
-    _announce(_SEGFORMER_LICENCE)
+    announce(_SEGFORMER_LICENCE)
     path = fetch(_SEGFORMER_HOST + SEGFORMER_IMAGENET[name])
     return convert_segformer_keys(read_state_dict(path))
 
@@ -169,12 +169,12 @@ def load_segformer_weights(model: nn.Module, state: Mapping[str, Tensor]) -> Non
     current = model.state_dict()
     kept = {key for key in current if key.startswith("head.")}
     if any(key.startswith("head.") for key in state):
-        kept = {key for key in kept if _is_other_classifier(key, state, current)}
+        kept = {key for key in kept if is_other_classifier(key, state, current)}
     if kept:
         logger.info("left as initialised: %s", ", ".join(sorted(kept)))
     given = {key: value for key, value in state.items() if key not in kept}
     expected = {key: value for key, value in current.items() if key not in kept}
-    _check_fit(given, expected)
+    check_fit(given, expected)
     model.load_state_dict({**current, **given})
 
 
@@ -259,7 +259,7 @@ def _check_hash(path: Path, published: Path) -> None:
 
 
 @cache
-def _announce(licence: str) -> None:
+def announce(licence: str) -> None:
     """Log a licence once a process, at a level that is shown by default."""
     logger.warning(licence)
 
@@ -277,14 +277,15 @@ def _is_dropped(key: str) -> bool:
     return dropped
 
 
-def _is_other_classifier(
+def is_other_classifier(
     key: str, state: Mapping[str, Tensor], current: Mapping[str, Tensor]
 ) -> bool:
+    """Tell whether a tensor is the file's last layer, made for another number of outputs."""
     is_classifier = key.startswith("head.classifier.") and key in state
     return is_classifier and len(state[key]) != len(current[key])
 
 
-def _check_fit(given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+def check_fit(given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     """Raise one error that names the missing, the unknown and the misshapen tensors."""
     problems = {
         "missing": sorted(expected.keys() - given.keys()),

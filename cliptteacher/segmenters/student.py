@@ -1,0 +1,74 @@
+"""What the named students share: the checks, the normalisation, the walk through the stages."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class Student(nn.Module):
+    """A network from images (B, 3, H, W) in [0, 1] to features (B, channels, h, w).
+
+    Args:
+        channels: C, the width of the joint space.
+
+    Raises:
+        ValueError: If `channels` is not positive.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        if channels < 1:
+            raise ValueError(f"`channels` must be the width of the joint space, got {channels}")
+        self.channels = channels
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Check images (B, 3, H, W) in [0, 1] and give them ImageNet's mean and deviation.
+
+        Raises:
+            TypeError: If the images are not floating point.
+            ValueError: If the images do not have shape (B, 3, H, W).
+        """
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"`images` must have shape (B, 3, H, W), got {tuple(images.shape)}")
+        if not images.is_floating_point():
+            raise TypeError(
+                f"`images` must be floating point in [0, 1], got {images.dtype}; divide by 255"
+            )
+        return (images - self.mean) / self.std
+
+
+def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
+    """Let the rate of stochastic depth rise linearly with depth, from 0 to `rate`.
+
+    Args:
+        rate: that of the last block.
+        depths: blocks of each stage.
+
+    Returns:
+        The rates of the blocks of each stage.
+
+    >>> drop_path_rates(0.5, (1, 2))
+    [[0.0], [0.25, 0.5]]
+    """
+    num_blocks = sum(depths)
+    rates = [rate * i / max(1, num_blocks - 1) for i in range(num_blocks)]
+    ends = [sum(depths[: index + 1]) for index in range(len(depths))]
+    return [rates[end - depth : end] for end, depth in zip(ends, depths, strict=True)]
+
+
+def run_stages(stages: Iterable[nn.Module], x: Tensor) -> list[Tensor]:
+    """Apply stages one after another; the result of each, from fine to coarse."""
+    maps: list[Tensor] = []
+    for stage in stages:
+        x = stage(x)
+        maps.append(x)
+    return maps
