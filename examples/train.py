@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 from plan import dry_run, print_plan
+from saving import checkpoint_content, choose_output, resume
+from scoring import assess, report
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -30,12 +32,9 @@ from cliptteacher.data import (
     rank_indices,
     training_transform,
 )
-from cliptteacher.data.splits import SegmentationDataset
-from cliptteacher.evaluation import SCORES, evaluate, format_scores, scores_as_percent
 from cliptteacher.framework import CLIPTeacher, CLIPTeacherConfig
-from cliptteacher.inference import Predictor
 from cliptteacher.segmenters import build_segmenter
-from cliptteacher.training.checkpoint import load_checkpoint, save_checkpoint
+from cliptteacher.training.checkpoint import save_checkpoint
 from cliptteacher.training.config import (
     TrainConfig,
     config_as_dict,
@@ -45,25 +44,19 @@ from cliptteacher.training.config import (
 )
 from cliptteacher.training.distributed import (
     Process,
-    gather_from_processes,
     start_process,
     stop_process,
-    wait_for_all,
 )
 from cliptteacher.training.optimizer import build_optimizer, parameter_groups, set_learning_rate
 from cliptteacher.training.recipes import default_recipe, get_recipe
 from cliptteacher.training.run import (
     MetricsLog,
     Progress,
-    default_output,
     describe_environment,
     format_time,
     write_json,
 )
 from cliptteacher.training.schedule import learning_rate_factor
-from cliptteacher.visualize import prediction_panel, write_png
-
-PANEL_IMAGES = 6
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -168,34 +161,6 @@ def train(
     return scores
 
 
-def resume(
-    output: Path,
-    config: TrainConfig,
-    model: CLIPTeacher,
-    optimizer: torch.optim.Optimizer,
-    process: Process,
-) -> int:
-    """Take up the newest checkpoint, if asked and there is one; returns the step to start with."""
-    torch.manual_seed(config.seed + 1000 * (process.rank + 1))  # dropout differs between ranks
-    if not (config.resume and (output / "checkpoints" / "last.pt").exists()):
-        return 0
-    state = load_checkpoint(output)
-    training = state["training"]
-    model.segmenter.load_state_dict(state["segmenter"])
-    model.plm.adapter.load_state_dict(training["adapter"])
-    model.glm.bank.load_state_dict(training["bank"], process.device)
-    optimizer.load_state_dict(training["optimizer"])
-    if len(training["rng"]) != process.world_size:
-        print("warning: another number of processes than before: dropout starts from new numbers")
-    else:
-        torch.set_rng_state(training["rng"][process.rank])
-        if process.device.type == "cuda" and training["cuda_rng"]:
-            torch.cuda.set_rng_state(training["cuda_rng"][process.rank], process.device)
-    if process.is_main:
-        print(f"resumed from step {state['step']} in {output}")
-    return int(state["step"])
-
-
 def open_log(
     recipe: str,
     output: Path,
@@ -210,17 +175,6 @@ def open_log(
         describe_environment(process.world_size, process.device), output / "environment.json"
     )
     return MetricsLog(output / "metrics.jsonl", start)
-
-
-def choose_output(recipe: str, config: TrainConfig, process: Process) -> Path:
-    """The run directory; a used one is an error unless the run resumes."""
-    output = Path(config.output) if config.output else default_output(recipe)
-    if not config.resume and (output / "checkpoints").exists():
-        raise SystemExit(f"{output} already holds a run; add --resume or choose another --output")
-    if process.is_main:
-        output.mkdir(parents=True, exist_ok=True)
-    wait_for_all()
-    return output
 
 
 def wrap(model: CLIPTeacher, process: Process) -> nn.Module:
@@ -274,113 +228,6 @@ def train_step(
         nn.utils.clip_grad_norm_(model.parameters(), config.clip_gradient)
     optimizer.step()
     return {name: value.detach() for name, value in losses.items()}
-
-
-def assess(
-    model: CLIPTeacher,
-    text: Tensor,
-    config: TrainConfig,
-    split: str,
-    process: Process,
-    output: Path,
-    step: int,
-) -> dict[str, Any]:
-    """Evaluate the student on all classes, every process its share, and draw a panel."""
-    dataset = open_dataset(config.data, config.root, split)
-    predictor = build_predictor(model, text, config, dataset)
-    shown: list[tuple[Tensor, Tensor, Tensor]] = []
-
-    def keep(index: int, image: Tensor, label: Tensor, prediction: Tensor) -> None:
-        if len(shown) < PANEL_IMAGES:
-            shown.append((image.cpu(), label.cpu(), prediction.cpu()))
-
-    result = evaluate(
-        predictor,
-        dataset,
-        device=process.device,
-        rank=process.rank,
-        world_size=process.world_size,
-        batch_size=8,
-        on_sample=keep,
-    )
-    if process.is_main and shown:
-        images, labels, predictions = (list(column) for column in zip(*shown, strict=True))
-        panel = prediction_panel(images, labels, predictions, dataset.class_names, dataset.unseen)
-        write_png(panel, output / "panels" / f"{split}_{step:08d}.png")
-    scores = {"split": split, **scores_as_percent(result, dataset.class_names)}
-    scores["table"] = format_scores(result, dataset.class_names, dataset.unseen)
-    return scores
-
-
-def build_predictor(
-    model: CLIPTeacher, text: Tensor, config: TrainConfig, dataset: SegmentationDataset
-) -> Predictor:
-    """The student with the text features of all classes: here the unseen words come in."""
-    return Predictor(
-        model.segmenter,
-        text,
-        unseen=() if config.closed_set else dataset.unseen,
-        gamma=config.gamma,
-        logit_scale=model.config.logit_scale,
-        logits=model.config.logits,
-        mode=config.eval_mode,
-        window=config.crop,
-        stride=max(1, config.crop * 5 // 6),
-        resize=config.eval_resize,
-    )
-
-
-def report(scores: dict[str, Any], step: int, log: MetricsLog | None, full: bool = False) -> None:
-    """Print and log the scores (main process only)."""
-    if log is None:
-        return
-    table = str(scores.pop("table"))
-    log.write({"step": step, **scores})
-    four = "  ".join(f"{name} {_percent(scores[name])}" for name in SCORES)
-    print(table if full else f"{step:>6} {scores['split']}: {four}", flush=True)
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}"
-
-
-def checkpoint_content(
-    step: int,
-    model: CLIPTeacher,
-    optimizer: torch.optim.Optimizer,
-    config: TrainConfig,
-    dataset: SegmentationDataset,
-    text: Tensor,
-    process: Process,
-) -> dict[str, Any]:
-    """Everything to go on from, and everything to predict with; every process takes part."""
-    method, cuda = model.config, process.device.type == "cuda"
-    rng = gather_from_processes(torch.get_rng_state(), process.device)
-    cuda_rng = torch.cuda.get_rng_state(process.device) if cuda else torch.empty(0)
-    unseen = () if config.closed_set else dataset.unseen
-    return {
-        "step": step,
-        "segmenter": model.segmenter.state_dict(),
-        "segmenter_name": config.segmenter,
-        "channels": model.clip.embed_dim,
-        "class_names": list(dataset.class_names),
-        "unseen": list(unseen),
-        "text_features": text.cpu(),
-        "gamma": config.gamma,
-        "logit_scale": method.logit_scale,
-        "logits": method.logits,
-        "resize": list(config.eval_resize or ()),
-        "templates": method.templates,
-        "clip": config.clip,
-        "training": {
-            "optimizer": optimizer.state_dict(),
-            "bank": model.glm.bank.state_dict(),
-            "adapter": model.plm.adapter.state_dict(),
-            "rng": rng,
-            "cuda_rng": gather_from_processes(cuda_rng, process.device) if cuda else [],
-        },
-        "config": config_as_dict(config, method),
-    }
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -241,6 +242,7 @@ def test_the_program_trains_on_seen_names_and_labels(
 
     monkeypatch.setattr(train, "CLIPTeacher", Watched)
     monkeypatch.setattr(train, "open_dataset", open_telltale)
+    monkeypatch.setattr(import_module("scoring"), "open_dataset", open_telltale)
     monkeypatch.setattr(train, "load_clip", lambda *_, **__: tiny_clip())
     monkeypatch.setattr(train, "build_segmenter", lambda *_, **__: tiny_student())
     config = small_config(iterations=2, output=str(tmp_path / "run"), eval_split="val")

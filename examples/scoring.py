@@ -1,0 +1,88 @@
+"""Evaluate the student of a run: scores, a panel of predictions, a line of the log."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from cliptteacher.data import open_dataset
+from cliptteacher.data.splits import SegmentationDataset
+from cliptteacher.evaluation import SCORES, evaluate, format_scores, scores_as_percent
+from cliptteacher.framework import CLIPTeacher
+from cliptteacher.inference import Predictor
+from cliptteacher.training.config import TrainConfig
+from cliptteacher.training.distributed import Process
+from cliptteacher.training.run import MetricsLog
+from cliptteacher.visualize import prediction_panel, write_png
+
+PANEL_IMAGES = 6
+
+
+def assess(
+    model: CLIPTeacher,
+    text: Tensor,
+    config: TrainConfig,
+    split: str,
+    process: Process,
+    output: Path,
+    step: int,
+) -> dict[str, Any]:
+    """Evaluate the student on all classes, every process its share, and draw a panel."""
+    dataset = open_dataset(config.data, config.root, split)
+    predictor = build_predictor(model, text, config, dataset)
+    shown: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def keep(index: int, image: Tensor, label: Tensor, prediction: Tensor) -> None:
+        if len(shown) < PANEL_IMAGES:
+            shown.append((image.cpu(), label.cpu(), prediction.cpu()))
+
+    result = evaluate(
+        predictor,
+        dataset,
+        device=process.device,
+        rank=process.rank,
+        world_size=process.world_size,
+        batch_size=8,
+        on_sample=keep,
+    )
+    if process.is_main and shown:
+        images, labels, predictions = (list(column) for column in zip(*shown, strict=True))
+        panel = prediction_panel(images, labels, predictions, dataset.class_names, dataset.unseen)
+        write_png(panel, output / "panels" / f"{split}_{step:08d}.png")
+    scores = {"split": split, **scores_as_percent(result, dataset.class_names)}
+    scores["table"] = format_scores(result, dataset.class_names, dataset.unseen)
+    return scores
+
+
+def build_predictor(
+    model: CLIPTeacher, text: Tensor, config: TrainConfig, dataset: SegmentationDataset
+) -> Predictor:
+    """The student with the text features of all classes: here the unseen words come in."""
+    return Predictor(
+        model.segmenter,
+        text,
+        unseen=() if config.closed_set else dataset.unseen,
+        gamma=config.gamma,
+        logit_scale=model.config.logit_scale,
+        logits=model.config.logits,
+        mode=config.eval_mode,
+        window=config.crop,
+        stride=max(1, config.crop * 5 // 6),
+        resize=config.eval_resize,
+    )
+
+
+def report(scores: dict[str, Any], step: int, log: MetricsLog | None, full: bool = False) -> None:
+    """Print and log the scores (main process only)."""
+    if log is None:
+        return
+    table = str(scores.pop("table"))
+    log.write({"step": step, **scores})
+    four = "  ".join(f"{name} {_percent(scores[name])}" for name in SCORES)
+    print(table if full else f"{step:>6} {scores['split']}: {four}", flush=True)
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
