@@ -48,13 +48,13 @@ from cliptteacher.training.distributed import (
     stop_process,
 )
 from cliptteacher.training.optimizer import build_optimizer, parameter_groups, set_learning_rate
+from cliptteacher.training.progress import Progress, format_time
 from cliptteacher.training.recipes import default_recipe, get_recipe
 from cliptteacher.training.run import (
     MetricsLog,
-    Progress,
+    check_tensorboard,
     describe_environment,
-    format_time,
-    write_json,
+    record_start,
 )
 from cliptteacher.training.schedule import learning_rate_factor
 
@@ -85,7 +85,9 @@ def read_configuration(argv: list[str] | None) -> tuple[str, TrainConfig, CLIPTe
         recipe = namespace.recipe or file.get("recipe", default_recipe(data))
         file.pop("recipe", None)
         config, method = resolve_config(classes, (get_recipe(recipe), file, given))
-    except (ValueError, FileNotFoundError) as error:
+        if config.tensorboard:
+            check_tensorboard()
+    except (ValueError, FileNotFoundError, RuntimeError) as error:
         parser.error(str(error))
     return recipe, config, method
 
@@ -128,14 +130,15 @@ def train(
     # Run directory, and where an earlier run stopped.
     output = choose_output(recipe, config, process)
     start = resume(output, config, model, optimizer, process)
-    log = open_log(recipe, output, start, config, method, process) if process.is_main else None
+    log = open_log(recipe, output, start, config, method, process)
 
     # The loop. Evaluation and prediction, not training, need the words of all classes.
     text = class_text_features(clip, train_set.class_names, method.templates)
     schedule = (config.iterations, config.warmup, config.warmup_start, config.power)
     wrapped = wrap(model, process).train()
-    progress = Progress(config.iterations, start, log)
-    for step, (images, labels) in enumerate(build_loader(seen_set, config, process, start), start):
+    progress = Progress(config.iterations, start, config.batch_size, process.device, log)
+    loader = build_loader(seen_set, config, process, start)
+    for step, (images, labels) in enumerate(progress.time_batches(loader), start):
         set_learning_rate(optimizer, learning_rate_factor(step, *schedule))
         images = images.to(process.device, non_blocking=True, memory_format=layout)
         labels = labels.to(process.device, non_blocking=True)
@@ -146,11 +149,16 @@ def train(
             if line is not None:
                 print(line, flush=True)
         if done % config.checkpoint_interval == 0 or done == config.iterations:
-            content = checkpoint_content(done, model, optimizer, config, train_set, text, process)
-            if process.is_main:
-                save_checkpoint(content, output / "checkpoints", config.keep_checkpoints)
+            with progress.paused():
+                content = checkpoint_content(
+                    done, model, optimizer, config, train_set, text, process
+                )
+                if process.is_main:
+                    save_checkpoint(content, output / "checkpoints", config.keep_checkpoints)
         if config.eval_interval and done % config.eval_interval == 0 and done < config.iterations:
-            report(assess(model, text, config, config.eval_split, process, output, done), done, log)
+            with progress.paused():
+                scores = assess(model, text, config, config.eval_split, process, output, done)
+                report(scores, done, log)
             wrapped.train()
 
     # The result.
@@ -168,13 +176,13 @@ def open_log(
     config: TrainConfig,
     method: CLIPTeacherConfig,
     process: Process,
-) -> MetricsLog:
-    """Write config.json and environment.json, open metrics.jsonl."""
-    write_json({"recipe": recipe, **config_as_dict(config, method)}, output / "config.json")
-    write_json(
-        describe_environment(process.world_size, process.device), output / "environment.json"
-    )
-    return MetricsLog(output / "metrics.jsonl", start)
+) -> MetricsLog | None:
+    """Write config.json and environment.json, open metrics.jsonl (main process only)."""
+    environment = describe_environment(process)  # of all processes
+    if not process.is_main:
+        return None
+    record_start({"recipe": recipe, **config_as_dict(config, method)}, environment, output, start)
+    return MetricsLog(output / "metrics.jsonl", start, tensorboard=config.tensorboard)
 
 
 def wrap(model: CLIPTeacher, process: Process) -> nn.Module:

@@ -167,6 +167,8 @@ def test_a_run_leaves_its_files(space: Path, trained: tuple[Path, str]) -> None:
     for row in losses:
         parts = ("global", "ce", "focal", "dice", "generate")
         assert row["total"] == pytest.approx(sum(row[part] for part in parts), rel=1e-4)
+        assert row["images_per_second"] > 0 and 0 <= row["data_wait"] <= 1
+    assert losses[0]["seconds_left"] > 0 and losses[-1]["seconds_left"] == 0
     scores = [row for row in rows if "pAcc" in row]
     assert [row["step"] for row in scores] == [2, 4]
     assert four_scores(printed) == rounded(scores[-1])
@@ -193,7 +195,8 @@ def test_four_iterations_equal_two_and_two_resumed(
     (run / "checkpoints").mkdir(parents=True)
     for name in ("step_00000002.pt", "last.pt"):
         shutil.copy(trained[0] / "checkpoints" / "step_00000002.pt", run / "checkpoints" / name)
-    shutil.copy(trained[0] / "metrics.jsonl", run)
+    for name in ("metrics.jsonl", "config.json", "environment.json"):
+        shutil.copy(trained[0] / name, run)
     options = training(space, run, "--resume", "--workers", str(workers))
     torch.set_num_threads(1)  # as the first run; the order of sums depends on it
     program("train").main(options)
@@ -208,6 +211,9 @@ def test_four_iterations_equal_two_and_two_resumed(
         for folder in (trained[0], run)
     )
     assert first == second
+    first, second = (json.loads((f / "environment.json").read_text()) for f in (trained[0], run))
+    assert second["earlier"] == [first] and (first["start"], second["start"]) == (0, 2)
+    assert second["config_changes"]["resume"] == [False, True]
 
 
 @pytest.mark.slow
@@ -217,6 +223,8 @@ def test_two_processes(space: Path) -> None:
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     printed = start(*torchrun, "train.py", *training(space, run))
     assert "2 processes on cpu" in printed
+    devices = json.loads((run / "environment.json").read_text())["devices"]
+    assert [device["rank"] for device in devices] == [0, 1]
     content = load_checkpoint(run)
     assert len(content["training"]["rng"]) == 2
     assert [tuple(batch.shape) for batch in content["training"]["bank"]] == [(2, 32)] * 4

@@ -1,7 +1,6 @@
-"""What every loop needs: schedule, parameter groups, checkpoints, the run directory, processes."""
+"""What every loop needs: schedule, parameter groups, checkpoints, processes."""
 
 import itertools
-import json
 import os
 import pickle
 import socket
@@ -32,15 +31,6 @@ from cliptteacher.training.optimizer import (
     set_learning_rate,
 )
 from cliptteacher.training.recipes import get_recipe, list_recipes
-from cliptteacher.training.run import (
-    MetricsLog,
-    default_output,
-    describe_environment,
-    format_time,
-    peak_memory,
-    progress_line,
-    write_json,
-)
 from cliptteacher.training.schedule import learning_rate_factor
 
 # --- schedule ---------------------------------------------------------------------------------
@@ -382,92 +372,6 @@ def test_another_format_is_refused(tmp_path: Path, value: object) -> None:
     torch.save(value, tmp_path / "other.pt")
     with pytest.raises(ValueError, match=r"other.pt must be a checkpoint.*another format"):
         load_checkpoint(tmp_path / "other.pt")
-
-
-# --- run directory ----------------------------------------------------------------------------
-
-
-def rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def test_metrics_are_on_disk_as_they_happen(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path / "metrics.jsonl")
-    log.write({"step": 10, "total": 1.5})
-    assert rows(tmp_path / "metrics.jsonl") == [{"step": 10, "total": 1.5}]
-    log.close()
-
-
-def test_a_resumed_run_tells_no_iteration_twice(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    lines = [json.dumps({"step": s, "total": s / 10}) for s in (10, 20, 20, 30)]
-    path.write_text("\n".join([*lines, '{"step": 40, "tot']))  # the last one was cut by a crash
-    log = MetricsLog(path, step=20)
-    log.write({"step": 30, "total": 9.0})
-    log.close()
-    assert [(r["step"], r["total"]) for r in rows(path)] == [
-        *((10, 1.0), (20, 2.0), (20, 2.0), (30, 9.0))
-    ]
-
-
-def test_a_run_from_the_start_starts_the_log_anew(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 10}\n')
-    MetricsLog(path).close()
-    assert path.read_text() == ""
-
-
-@pytest.mark.parametrize("line", ["[1, 2]", "3", '"step"', '{"other": 1}', '{"step": null}', ""])
-def test_a_foreign_line_is_dropped(tmp_path: Path, line: str) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_text(f'{{"step": 10}}\n{line}\n')
-    MetricsLog(path, step=50).close()
-    assert rows(path) == [{"step": 10}]
-
-
-def test_json_is_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "deep" / "config.json"
-    write_json({"crop": 64, "name": "Straße"}, path)
-    assert json.loads(path.read_text()) == {"crop": 64, "name": "Straße"}
-    with pytest.raises(TypeError):
-        write_json({"crop": torch.zeros(1)}, path)
-    assert json.loads(path.read_text())["crop"] == 64 and names(path.parent) == ["config.json"]
-
-
-def test_the_progress_line() -> None:
-    line = progress_line(
-        200, 1200, {"global": 1.5, "total": 12.3456}, seconds=50.0, done=100, lr=6e-5
-    )
-    assert line.startswith("   200/1200  global 1.500  total 12.346  lr 6.0e-05  2.00 it/s  ")
-    assert line.endswith("GiB  8:20 left")
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (0, "0:00"),
-        (59.4, "0:59"),
-        (59.6, "1:00"),
-        (61, "1:01"),
-        (3599.7, "1:00:00"),
-        (7325, "2:02:05"),
-    ],
-)
-def test_format_time(seconds: float, text: str) -> None:
-    assert format_time(seconds) == text
-
-
-def test_the_environment_is_ready_for_json() -> None:
-    found = json.loads(json.dumps(describe_environment(2, torch.device("cpu"))))
-    assert found["processes"] == 2 and found["device"] == "cpu"
-    assert found["torch"] == torch.__version__
-    assert found["commit"] is None or len(found["commit"]) == 40
-
-
-def test_output_and_memory() -> None:
-    assert default_output("paper").parent == Path("runs")
-    assert default_output("paper").name.startswith("paper-2")
-    assert 2**20 < peak_memory() < 2**45
 
 
 # --- processes --------------------------------------------------------------------------------

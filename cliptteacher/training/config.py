@@ -42,6 +42,7 @@ class TrainConfig:
     eval_mode: Literal["whole", "slide"] = "whole"
     eval_resize: tuple[int, int] | None = None  # (long, short) sides to fit images into
     log_interval: int = 50  # iterations
+    tensorboard: bool = False  # write TensorBoard events too; needs that package
     device: Literal["auto", "cpu", "cuda"] = "auto"
     workers: int = 0  # data loading processes per training process
     precision: Literal["fp32", "bf16"] = "fp32"  # autocast of teacher and student
