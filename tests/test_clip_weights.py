@@ -142,13 +142,23 @@ def test_activation(clip: CLIP, tmp_path: Path) -> None:
 
 
 def test_rows_outside_the_table_are_refused(clip: CLIP, tmp_path: Path) -> None:
-    content = torch.load(save_own(clip, tmp_path), weights_only=True)
-    content["state_dict"]["token_embedding.ids"][0] = 300
-    torch.save(content, tmp_path / "bad.pt")
-    with pytest.raises(
-        ValueError, match="its 300 rows of token_embedding do not fit into 300 x 64"
+    for part, value, count, size in (
+        ("ids", torch.arange(1, 301), 300, "300 x 64"),
+        ("ids", torch.arange(-1, 299), 300, "300 x 64"),
+        ("ids", torch.arange(300)[None], 300, "300 x 64"),
+        ("ids", torch.arange(299), 299, "300 x 64"),
+        ("rows", torch.ones(300, 63), 300, "300 x 64"),
+        ("shape", torch.tensor([299, 64]), 300, "299 x 64"),
+        ("shape", torch.tensor([-1, 64]), 300, "-1 x 64"),
+        ("shape", torch.tensor(300), 300, "-1 x -1"),
     ):
-        load_clip(tmp_path / "bad.pt")
+        content = torch.load(save_own(clip, tmp_path), weights_only=True)
+        content["state_dict"][f"token_embedding.{part}"] = value
+        torch.save(content, tmp_path / "bad.pt")
+        with pytest.raises(
+            ValueError, match=f"its {count} rows of token_embedding do not fit into {size}"
+        ):
+            load_clip(tmp_path / "bad.pt")
 
 
 # --- files that are something else ---
@@ -176,7 +186,9 @@ def test_files_that_hold_no_weights(tmp_path: Path, content: bytes) -> None:
         load_clip(tmp_path / "a.pt")
 
 
-@pytest.mark.parametrize("content", [[torch.ones(2)], {"a": 1}, {"state_dict": {"a": "b"}}, 3.0])
+@pytest.mark.parametrize(
+    "content", [[torch.ones(2)], {"a": 1}, {"state_dict": {"a": "b"}}, {1: torch.ones(2)}, 3.0]
+)
 def test_files_without_a_state_dict(tmp_path: Path, content: object) -> None:
     torch.save(content, tmp_path / "a.pt")
     with pytest.raises(ValueError, match="must hold a state dict of tensors"):
@@ -258,13 +270,110 @@ def test_two_models_mixed_up(clip: CLIP, tmp_path: Path) -> None:
     wide = CLIP(CLIPConfig(**{**vars(CONFIG), "vision_width": 192})).state_dict()
     norms = {name: tensor for name, tensor in wide.items() if name.startswith("visual.ln_")}
     for extra, message in (
-        (vision, "'visual.proj' has shape "),  # two namings in one file
+        (vision, "must be either OpenAI's or Hugging Face's, got '.*' beside 'vision_model"),
         (norms, r"'visual.ln_pre.weight' has shape \(192,\) instead of \(128,\)"),
         ({"visual.transformer.resblocks.5.ln_1.bias": torch.ones(128)}, "'visual.*is missing"),
     ):
         torch.save({**clip.state_dict(), **extra}, tmp_path / "mixed.bin")
         with pytest.raises(ValueError, match=f"mixed.bin does not fit: .*{message}"):
             load_clip(tmp_path / "mixed.bin")
+
+
+OPENAI_TEXT = ("transformer.", "token_embedding.", "positional_", "ln_final.", "text_projection")
+
+
+@pytest.mark.parametrize("theirs", ["vision", "text", "text_projection", "visual_projection"])
+def test_two_namings_in_one_file(clip: CLIP, theirs: str) -> None:
+    """Each weight is there once, so only the names can tell that something is wrong."""
+    openai, hugging_face = clip.state_dict(), to_hugging_face(clip.state_dict())
+    mixed = {name: tensor for name, tensor in hugging_face.items() if name.startswith(theirs)}
+    for name, tensor in openai.items():
+        part = "text" if name.startswith(OPENAI_TEXT) else "vision"
+        if not theirs.startswith(part) and name not in ("text_projection", "visual.proj"):
+            mixed[name] = tensor
+    for name, other in (("text_projection", "text"), ("visual.proj", "vis")):
+        if not theirs.startswith(other):
+            mixed[name] = openai[name]
+    with pytest.raises(ValueError, match=f"either OpenAI's or Hugging Face's.* beside '{theirs}"):
+        to_openai_names(mixed)
+
+
+def test_a_projection_is_turned_by_its_own_name_only(clip: CLIP) -> None:
+    """Square, so that no shape betrays it; the name alone tells how it lies."""
+    square = CLIP(CLIPConfig(**{**vars(CONFIG), "embed_dim": 64}))
+    expected = square.state_dict()["text_projection"]
+    assert torch.equal(to_openai_names(square.state_dict())["text_projection"], expected)
+    state = to_hugging_face(square.state_dict())
+    assert torch.equal(to_openai_names(state)["text_projection"], expected)
+    state["text_projection"] = state.pop("text_projection.weight")
+    with pytest.raises(ValueError, match="got 'text_projection' beside '"):
+        to_openai_names(state)
+
+
+def test_two_names_for_one_weight(clip: CLIP) -> None:
+    state = {**clip.state_dict(), "module.visual.proj": torch.ones(128, 24)}
+    with pytest.raises(
+        ValueError, match=r"one name, got 'visual.proj' and 'module.visual.proj' for 'visual.proj'"
+    ):
+        to_openai_names(state)
+    state = to_hugging_face(clip.state_dict())
+    block = "text_model.encoder.layers.2"
+    twin = {f"{block}.mlp.c_fc.bias": torch.ones(256)}
+    with pytest.raises(ValueError, match=r"one name, got '.*fc1.bias' and '.*c_fc.bias' for "):
+        to_openai_names({**state, **twin})
+    whole = {f"{block}.self_attn.in_proj_bias": torch.ones(192)}
+    with pytest.raises(
+        ValueError, match=r"'transformer.*in_proj_bias' must come whole or in three parts"
+    ):
+        to_openai_names({**whole, **state})
+
+
+@pytest.mark.parametrize("letter", "qkv")
+def test_a_hugging_face_block_without_a_part(clip: CLIP, letter: str) -> None:
+    state = to_hugging_face(clip.state_dict())
+    state[f"vision_model.encoder.layers.0.self_attn.{letter}_proj.bias"] = torch.ones(3)
+    with pytest.raises(ValueError, match=r"three parts of '.*in_proj_bias' must have one shape"):
+        to_openai_names(state)
+    # Joined with real numbers, whole ones would pass for real.
+    state[f"vision_model.encoder.layers.0.self_attn.{letter}_proj.bias"] = torch.arange(128)
+    with pytest.raises(ValueError, match=r"one shape and dtype, got .*\(128,\) torch.int64"):
+        to_openai_names(state)
+    del state[f"vision_model.encoder.layers.0.self_attn.{letter}_proj.bias"]
+    with pytest.raises(ValueError, match=rf"hold 'visual.*attn.{letter}_proj.bias', which is miss"):
+        to_openai_names(state)
+
+
+@pytest.mark.parametrize("theirs", [False, True], ids=["openai", "hugging_face"])
+def test_any_weight_damaged_renamed_or_missing_is_one_sentence(clip: CLIP, theirs: bool) -> None:
+    state = clip.state_dict()
+    state = to_hugging_face(state) if theirs else state
+    for name, tensor in state.items():
+        rest = {other: t for other, t in state.items() if other != name}
+        for damaged in (
+            rest,
+            {**rest, f"{name}_": tensor},
+            {**rest, f"old.{name}": tensor},
+            {**state, f"{name}.copy": tensor},
+            *({**rest, name: t} for t in wrong_shapes(name, tensor)),
+            {**rest, name: tensor.long()},
+        ):
+            if name.endswith("position_ids"):  # nobody reads them
+                continue
+            with pytest.raises(ValueError, match=r"must (hold|have|be)|not those of"):
+                module._build(damaged, "gelu")
+
+
+def wrong_shapes(name: str, tensor: torch.Tensor) -> list[torch.Tensor]:
+    shapes = [(), (0,), (3,), (2, 0), (5, 3, 2), (1, *tensor.shape), (*tensor.shape, 1)]
+    words = ("token_embedding.weight", "text_model.embeddings.position_embedding.weight")
+    if not name.endswith(words) and name != "positional_embedding":  # these may be any number
+        shapes.append((2 * len(tensor) + 1 if tensor.ndim else 2, *tensor.shape[1:]))
+    return [torch.ones(shape) for shape in shapes if shape != tuple(tensor.shape)]
+
+
+def test_a_width_that_its_heads_do_not_divide() -> None:
+    with pytest.raises(ValueError, match=r"`text_width` must be a multiple of its 3 .* got 200"):
+        CLIPConfig(text_width=200)
 
 
 def test_names_behind_a_foreign_prefix(clip: CLIP, tmp_path: Path) -> None:

@@ -4,11 +4,12 @@
 - Hugging Face's `CLIPModel` has other names, three matrices where OpenAI has one (query, key and
   value), and transposed projections
 
+A file in both namings is refused, and so are two names for one weight: to choose would be to guess.
 Cost: the query, key and value matrices are copied once; everything else is renamed only.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -16,6 +17,10 @@ from torch import Tensor
 # Sizes and masks that some files carry along; all of them follow from the weights.
 _NOT_WEIGHTS = re.compile(
     r"(^|\.)(input_resolution|context_length|vocab_size|attn_mask|position_ids)$"
+)
+_HUGGING_FACE = re.compile(r"^(vision_model|text_model|visual_projection|text_projection)\.")
+_OPENAI = re.compile(
+    r"^(visual|transformer|token_embedding|ln_final)\.|^(positional_embedding|text_projection)$"
 )
 _HUGGING_FACE_NAMES = (
     (r"^vision_model\.embeddings\.class_embedding$", "visual.class_embedding"),
@@ -35,7 +40,8 @@ _HUGGING_FACE_NAMES = (
     (r"\.mlp\.fc1\.", ".mlp.c_fc."),
     (r"\.mlp\.fc2\.", ".mlp.c_proj."),
 )
-_TRANSPOSED = ("visual.proj", "text_projection")
+_PROJECTIONS = ("visual_projection.weight", "text_projection.weight")  # applied from the left
+_QUERY_KEY_VALUE = re.compile(r"\.attn\.[qkv]_proj\.")
 
 
 def to_openai_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -49,42 +55,75 @@ def to_openai_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         The same numbers under OpenAI's names, without sizes, masks and position ids.
 
     Raises:
-        ValueError: if these are not the weights of a CLIP with a vision transformer.
+        ValueError: if these are not the weights of one CLIP with a vision transformer, in one of
+            the two namings.
     """
-    weights = {name.removeprefix("module."): tensor for name, tensor in state_dict.items()}
-    weights = {name: t for name, t in weights.items() if not _NOT_WEIGHTS.search(name)}
+    weights = {name: t for name, t in state_dict.items() if not _NOT_WEIGHTS.search(name)}
+    weights = _rename(weights, lambda name: name.removeprefix("module."))
     if any(name.startswith("visual.layer1.") for name in weights):
         raise ValueError(
             "the image encoder must be a vision transformer, got a CLIP with a ResNet; "
             "use ViT-B/16, ViT-B/32 or ViT-L/14"
         )
-    if any(name.startswith("vision_model.") for name in weights):
-        weights = _from_hugging_face(weights)
-    return weights
+    theirs = [name for name in weights if _HUGGING_FACE.search(name)]
+    openai = [name for name in weights if _OPENAI.search(name)]
+    if theirs and openai:
+        raise ValueError(
+            f"all names must be either OpenAI's or Hugging Face's, got {openai[0]!r} beside "
+            f"{theirs[0]!r}; save the state dict of one model"
+        )
+    return _from_hugging_face(weights) if theirs else weights
+
+
+def _rename(weights: Mapping[str, Tensor], new_name: Callable[[str], str]) -> dict[str, Tensor]:
+    """Rename all weights, none over another."""
+    source: dict[str, str] = {}
+    for name in weights:
+        new = new_name(name)
+        if new in source:
+            raise ValueError(
+                f"each weight must have one name, got {source[new]!r} and {name!r} for {new!r}; "
+                "save the state dict of one model"
+            )
+        source[new] = name
+    return {new: weights[name] for new, name in source.items()}
 
 
 def _from_hugging_face(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    renamed = {}
-    for name, tensor in weights.items():
-        for pattern, replacement in _HUGGING_FACE_NAMES:
-            name = re.sub(pattern, replacement, name)
-        renamed[name] = tensor.T.contiguous() if name in _TRANSPOSED else tensor
-    return _join_query_key_value(renamed)
+    # Told from their own name: a tensor that is called `text_projection` already lies as OpenAI's.
+    turned = {
+        name: tensor.mT.contiguous() if name in _PROJECTIONS and tensor.ndim == 2 else tensor
+        for name, tensor in weights.items()
+    }
+    return _join_query_key_value(_rename(turned, _to_openai_name))
+
+
+def _to_openai_name(name: str) -> str:
+    for pattern, replacement in _HUGGING_FACE_NAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def _join_query_key_value(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Stack the query, key and value projections of each block into ``in_proj``."""
-    joined = {}
-    for name, tensor in weights.items():
-        block, found, kind = name.partition(".attn.q_proj.")
-        if found:
-            parts = [f"{block}.attn.{letter}_proj.{kind}" for letter in "qkv"]
-            missing = [part for part in parts if part not in weights]
-            if missing:
-                raise ValueError(
-                    f"the weights of a CLIP must hold {missing[0]!r}, which is missing"
-                )
-            joined[f"{block}.attn.in_proj_{kind}"] = torch.cat([weights[part] for part in parts])
-        elif not re.search(r"\.attn\.[kv]_proj\.", name):
-            joined[name] = tensor
+    parts = dict.fromkeys(name for name in weights if _QUERY_KEY_VALUE.search(name))
+    joined = {name: tensor for name, tensor in weights.items() if name not in parts}
+    for target in dict.fromkeys(_QUERY_KEY_VALUE.sub(".attn.in_proj_", name) for name in parts):
+        if target in joined:
+            raise ValueError(f"{target!r} must come whole or in three parts, but both are there")
+        joined[target] = _stack_query_key_value(weights, target)
     return joined
+
+
+def _stack_query_key_value(weights: Mapping[str, Tensor], target: str) -> Tensor:
+    names = [target.replace(".in_proj_", f".{letter}_proj.") for letter in "qkv"]
+    missing = [name for name in names if name not in weights]
+    if missing:
+        raise ValueError(f"the weights of a CLIP must hold {missing[0]!r}, which is missing")
+    parts = [weights[name] for name in names]
+    kinds = [f"{tuple(part.shape)} {part.dtype}" for part in parts]
+    if len(set(kinds)) > 1 or parts[0].ndim == 0:
+        raise ValueError(
+            f"the three parts of {target!r} must have one shape and dtype, got {', '.join(kinds)}"
+        )
+    return torch.cat(parts)

@@ -31,6 +31,15 @@ IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
 Activation = Literal["quick_gelu", "gelu"]
 
+# The weights that tell every size, and how many dimensions each has.
+_SIZED_BY = {
+    "visual.positional_embedding": 2,
+    "visual.conv1.weight": 4,
+    "text_projection": 2,
+    "positional_embedding": 2,
+    "token_embedding.weight": 2,
+}
+
 
 class ImageFeatures(NamedTuple):
     """What one pass of the image encoder yields; ``h * w`` patches, ``C`` joint width."""
@@ -55,6 +64,15 @@ class CLIPConfig:
     text_layers: int = 12
     activation: Activation = "quick_gelu"
 
+    def __post_init__(self) -> None:
+        for name in ("vision_width", "text_width"):
+            width = getattr(self, name)
+            if width % _num_heads(width):
+                raise ValueError(
+                    f"`{name}` must be a multiple of its {_num_heads(width)} attention heads, "
+                    f"one for every 64 channels, got {width}"
+                )
+
     @classmethod
     def from_state_dict(
         cls, state_dict: Mapping[str, Tensor], activation: Activation = "quick_gelu"
@@ -67,34 +85,44 @@ class CLIPConfig:
                 were trained with open_clip use GELU.
 
         Raises:
-            ValueError: a name that gives a size is missing.
+            ValueError: a name that gives a size is missing or has another number of dimensions.
         """
-        try:
-            patches = state_dict["visual.positional_embedding"].shape[0] - 1
-            patch_size = state_dict["visual.conv1.weight"].shape[-1]
-            return cls(
-                embed_dim=state_dict["text_projection"].shape[1],
-                image_size=patch_size * round(patches**0.5),
-                patch_size=patch_size,
-                vision_width=state_dict["visual.conv1.weight"].shape[0],
-                vision_layers=_count_blocks(state_dict, "visual.transformer.resblocks."),
-                context_length=state_dict["positional_embedding"].shape[0],
-                vocab_size=state_dict["token_embedding.weight"].shape[0],
-                text_width=state_dict["ln_final.weight"].shape[0],
-                text_layers=_count_blocks(state_dict, "transformer.resblocks."),
-                activation=activation,
-            )
-        except KeyError as error:
-            raise ValueError(
-                f"the weights of a CLIP with a vision transformer must hold {error.args[0]!r}, "
-                f"got {len(state_dict)} other names; give OpenAI, open_clip or Hugging Face weights"
-            ) from None
+        for name, dimensions in _SIZED_BY.items():
+            if name not in state_dict:
+                raise ValueError(
+                    f"the weights of a CLIP with a vision transformer must hold {name!r}, got "
+                    f"{len(state_dict)} other names; give OpenAI, open_clip or Hugging Face weights"
+                )
+            shape = tuple(state_dict[name].shape)
+            if len(shape) != dimensions or 0 in shape:
+                raise ValueError(
+                    f"{name!r} must have {dimensions} dimensions, none of them empty, got {shape}"
+                )
+        patches = state_dict["visual.positional_embedding"].shape[0] - 1
+        vision_width, _, _, patch_size = state_dict["visual.conv1.weight"].shape
+        context_length, text_width = state_dict["positional_embedding"].shape
+        return cls(
+            embed_dim=state_dict["text_projection"].shape[1],
+            image_size=patch_size * round(patches**0.5),
+            patch_size=patch_size,
+            vision_width=vision_width,
+            vision_layers=_count_blocks(state_dict, "visual.transformer.resblocks."),
+            context_length=context_length,
+            vocab_size=state_dict["token_embedding.weight"].shape[0],
+            text_width=text_width,
+            text_layers=_count_blocks(state_dict, "transformer.resblocks."),
+            activation=activation,
+        )
 
 
 def _count_blocks(state_dict: Mapping[str, Tensor], prefix: str) -> int:
     return len(
         {name[len(prefix) :].split(".")[0] for name in state_dict if name.startswith(prefix)}
     )
+
+
+def _num_heads(width: int) -> int:
+    return max(1, width // 64)  # CLIP's rule: 64 channels a head
 
 
 class QuickGELU(nn.Module):
@@ -109,7 +137,7 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, causal: bool) -> None:
         super().__init__()
-        self.heads = max(1, width // 64)  # CLIP's rule: 64 channels a head
+        self.heads = _num_heads(width)
         self.causal = causal
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))

@@ -188,7 +188,9 @@ def _unwrap(path: Path, content: object) -> _Weights:
         if content.get("format") == _FORMAT:
             activation = "gelu" if content.get("activation") == "gelu" else "quick_gelu"
         content = content["state_dict"]
-    if not isinstance(content, dict) or not all(isinstance(t, Tensor) for t in content.values()):
+    if not isinstance(content, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items()
+    ):
         raise ValueError(f"{path} must hold a state dict of tensors; save `model.state_dict()`")
     return _Weights(content, activation)
 
@@ -250,10 +252,13 @@ def _restore_zero_rows(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     if not all(part in tensors for part in parts):
         return tensors
     ids, rows, shape = (tensors[part] for part in parts)
-    vocabulary, width = shape.tolist()
-    inside = len(ids) == 0 or (int(ids.min()) >= 0 and int(ids.max()) < vocabulary)
-    if tuple(rows.shape) != (len(ids), width) or not inside:
-        raise ValueError(f"its {len(ids)} rows of {_TOKENS} do not fit into {vocabulary} x {width}")
+    vocabulary, width = shape.tolist() if shape.shape == (2,) else (-1, -1)
+    inside = ids.numel() == 0 or (int(ids.min()) >= 0 and int(ids.max()) < vocabulary)
+    flat = ids.ndim == 1 and vocabulary >= 0
+    if not flat or tuple(rows.shape) != (ids.numel(), width) or not inside:
+        raise ValueError(
+            f"its {ids.numel()} rows of {_TOKENS} do not fit into {vocabulary} x {width}"
+        )
     table = torch.zeros(vocabulary, width, dtype=rows.dtype)
     table[ids.long()] = rows
     dense = {name: tensor for name, tensor in tensors.items() if name not in parts}
