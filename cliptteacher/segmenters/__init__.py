@@ -23,6 +23,7 @@ from .segnext_weights import load_segnext_weights, read_segnext_weights
 from .swin import SWIN_CONFIGS, Swin, SwinConfig
 from .swin_weights import load_swin_weights, read_swin_weights
 from .weights import load_segformer_weights, read_segformer_weights
+from .zoo import TORCHVISION_NETWORKS, build_torchvision
 
 __all__ = [
     "AdaptedSegmenter",
@@ -116,10 +117,18 @@ def _build_fpn(
     return FPNSegmenter(channels, **options)  # type: ignore[arg-type]
 
 
+def _build_torchvision(
+    name: str, channels: int, weights: str | Path | None, options: dict[str, object]
+) -> AdaptedSegmenter:
+    _check_options(name, options, [])
+    return build_torchvision(name, channels, weights)
+
+
 def _check_options(name: str, options: dict[str, object], known: list[str]) -> None:
     for option in options:
         if option not in known:
-            raise ValueError(f"{name} has no option {option!r}; {_suggest(option, known)}")
+            hint = _suggest(option, known) if known else "it has none at all"
+            raise ValueError(f"{name} has no option {option!r}; {hint}")
 
 
 def _suggest(unknown: str, known: list[str]) -> str:
@@ -133,4 +142,5 @@ _BUILDERS: dict[str, Callable[[int, str | Path | None, dict[str, object]], nn.Mo
     **{name: partial(_build_segformer, name) for name in SEGFORMER_CONFIGS},
     **{name: partial(_build_segnext, name) for name in SEGNEXT_CONFIGS},
     **{name: partial(_build_swin, name) for name in SWIN_CONFIGS},
+    **{name: partial(_build_torchvision, name) for name in TORCHVISION_NETWORKS},
 }

@@ -72,8 +72,16 @@ class AdaptedSegmenter(nn.Module):
         return nn.ModuleList(layers if self.projection is None else [*layers, self.projection])
 
     def forward(self, images: Tensor) -> Tensor:
-        features = _as_map(self.network((images - self.mean) / self.std))
+        images = self._reach_one_feature((images - self.mean) / self.std)
+        features = _as_map(self.network(images))
         return features if self.projection is None else self.projection(features)
+
+    def _reach_one_feature(self, images: Tensor) -> Tensor:
+        """Pad images smaller than one feature with mean colour, on the right and below."""
+        H, W = images.shape[2:]
+        if H >= self.stride and W >= self.stride:
+            return images
+        return F.pad(images, (0, max(0, self.stride - W), 0, max(0, self.stride - H)))
 
 
 def adapt_segmenter(
