@@ -28,23 +28,22 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.models import segmentation
 from torchvision.models.segmentation.fcn import FCNHead
 
-from cliptteacher.segmenters import adapt_segmenter, build_segmenter, list_segmenters
+from cliptteacher.segmenters import build_segmenter, list_segmenters
 from cliptteacher.segmenters.segnext_weights import SEGNEXT_IMAGENET
 from cliptteacher.segmenters.swin_weights import SWIN_IMAGENET
 from cliptteacher.segmenters.weights import SEGFORMER_IMAGENET
+from cliptteacher.segmenters.zoo import TORCHVISION_NETWORKS
 
 CHANNELS = 512
 SIZE = 512
-ADAPTED = ("lraspp_mobilenet_v3_large", "fcn_resnet50", "deeplabv3_resnet50")
 TIMES = ("train step, ms", "inference, ms")
 SMALL = ("fpn_small", "segformer_nano", "segnext_nano", "swin_nano", "segformer_b0", "segnext_t")
 
 # Millions of parameters. SegFormer: the encoder alone, as released. SegNeXt and Swin: with 150
 # classes, Swin with its auxiliary head. torchvision: with 21 classes, the two ResNets with an
-# auxiliary head, which `adapt_segmenter` leaves out.
+# auxiliary head, which `adapt_segmenter` leaves out; ConvNeXt with its ImageNet classifier.
 PUBLISHED = {
     "segformer_b0": 3.32,
     "segformer_b1": 13.15,
@@ -59,24 +58,17 @@ PUBLISHED = {
     "swin_t": 60.0,
     "swin_s": 81.0,
     "swin_b": 121.0,
-    "lraspp_mobilenet_v3_large": 3.22,
-    "fcn_resnet50": 35.32,
-    "deeplabv3_resnet50": 42.00,
+    "torchvision/lraspp_mobilenet_v3_large": 3.22,
+    "torchvision/fcn_resnet50": 35.32,
+    "torchvision/deeplabv3_resnet50": 42.00,
+    "torchvision/convnext_tiny": 28.59,
 }
 LICENCES = {
     **dict.fromkeys(SEGFORMER_IMAGENET, ("ImageNet", "NVIDIA, research and evaluation only")),
     **dict.fromkeys(SEGNEXT_IMAGENET, ("ImageNet", "Apache-2.0, contact before commercial use")),
     **dict.fromkeys(SWIN_IMAGENET, ("ImageNet", "BSD-3-Clause (torchvision)")),
-    **dict.fromkeys(ADAPTED, ("torchvision's own", "BSD-3-Clause (torchvision)")),
+    **dict.fromkeys(TORCHVISION_NETWORKS, ("ImageNet", "BSD-3-Clause (torchvision)")),
 }
-
-
-def build(name: str, channels: int = CHANNELS, **options: object) -> nn.Module:
-    """Build a student with random weights: one of the list, or an adapted one of torchvision."""
-    if name not in ADAPTED:
-        return build_segmenter(name, channels, **options)
-    foreign = getattr(segmentation, name)(weights=None, weights_backbone=None)
-    return adapt_segmenter(foreign, channels)
 
 
 def count_parameters(model: nn.Module) -> float:
@@ -85,12 +77,16 @@ def count_parameters(model: nn.Module) -> float:
 
 def count_as_published(name: str) -> float:
     """Our parameters, in millions, in the form in which the publication counts them."""
-    if name in ADAPTED:
-        auxiliary = nn.Identity() if name.startswith("lraspp") else FCNHead(1024, 21)
-        total = count_parameters(build(name, 21)) + count_parameters(auxiliary)
+    if name == "torchvision/convnext_tiny":  # a norm and 1000 classes on 768 channels
+        backbone = build_segmenter(name, CHANNELS).network
+        total = count_parameters(backbone) + (2 * 768 + 769 * 1000) / 1e6
+    elif name in TORCHVISION_NETWORKS:
+        auxiliary = nn.Identity() if "lraspp" in name else FCNHead(1024, 21)
+        total = count_parameters(build_segmenter(name, 21)) + count_parameters(auxiliary)
     else:
+        options = {"auxiliary": True} if name.startswith("swin") else {}
         with torch.device("meta"):  # no memory, no random numbers
-            model = build(name, 150, **{"auxiliary": True} if name.startswith("swin") else {})
+            model = build_segmenter(name, 150, **options)
         total = count_parameters(model.backbone if name.startswith("segformer") else model)
     return round(total, 2)
 
@@ -128,7 +124,7 @@ def measure_times(name: str, options: argparse.Namespace) -> dict[str, float]:
     """Time of a train step on a batch, and of inference on one image, in whole milliseconds."""
     device, size = torch.device(options.device), options.size
     torch.manual_seed(0)
-    model = build(name).to(device, memory_format=torch.channels_last)
+    model = build_segmenter(name, CHANNELS).to(device, memory_format=torch.channels_last)
     images = torch.rand(options.batch_size, 3, size, size)
     images = images.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
@@ -151,7 +147,7 @@ def measure_times(name: str, options: argparse.Namespace) -> dict[str, float]:
 
 def describe(name: str) -> dict[str, str | float]:
     """One row of the table without times: counts in millions and billions."""
-    model = build(name)
+    model = build_segmenter(name, CHANNELS)
     weights, licence = LICENCES.get(name, ("none, trained from scratch", "-"))
     multiply_adds = count_multiply_adds(model, 1, 3, SIZE, SIZE)
     return {
@@ -176,7 +172,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    known = [*list_segmenters(), *ADAPTED]
+    known = list_segmenters()
     parser.add_argument("--students", nargs="+", choices=known, metavar="NAME", help="default: all")
     parser.add_argument("--time", action="store_true", help="time --students, by default the small")
     parser.add_argument("--size", type=int, default=128, help="side of the timed images, pixels")

@@ -42,8 +42,11 @@ def dry_run(recipe: str, config: TrainConfig, method: CLIPTeacherConfig, process
     seen, unseen, images = count_data(config)
     clip = build_clip(config.clip)
     options = {"auxiliary": True} if method.auxiliary_weight > 0 else {}
-    with torch.device("meta"):
-        segmenter = build_segmenter(config.segmenter, clip.embed_dim, **options)
+    try:
+        with torch.device("meta"):
+            segmenter = build_segmenter(config.segmenter, clip.embed_dim, **options)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
     # Words and templates change no size; encoding fifteen templates of 156 names takes a while.
     model = CLIPTeacher(clip, segmenter, ["any"], replace(method, templates="single"))
     groups = parameter_groups(

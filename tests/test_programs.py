@@ -216,6 +216,33 @@ def test_four_iterations_equal_two_and_two_resumed(
     assert second["config_changes"]["resume"] == [False, True]
 
 
+def test_a_foreign_network_by_one_flag(
+    space: Path, program: Callable[[str], ModuleType], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A network of torchvision trains, and its checkpoint evaluates and predicts by itself."""
+    run, name = space / "foreign", "torchvision/lraspp_mobilenet_v3_large"
+    program("train").main(training(space, run, "--segmenter", name, "--iterations", "2"))
+    trained = four_scores(capsys.readouterr().out)
+    assert load_segmenter(run).checkpoint["segmenter_name"] == name
+    program("evaluate").main(["--checkpoint", str(run)])
+    assert four_scores(capsys.readouterr().out) == trained
+    image = str(space / "data" / "images" / "scene4.png")
+    program("predict").main(
+        ["--checkpoint", str(run), "--image", image, "--output", str(run / "predicted")]
+    )
+    indices = np.array(Image.open(run / "predicted" / "scene4_index.png"))
+    assert indices.shape == (64, 64) and indices.max() < len(NAMES)
+
+
+@pytest.mark.parametrize("more", [(), ("--dry-run",)])
+def test_a_near_miss_of_a_student_is_named(
+    space: Path, program: Callable[[str], ModuleType], more: tuple[str, ...]
+) -> None:
+    options = training(space, space / "none", "--segmenter", "torchvision/convnext_tinny", *more)
+    with pytest.raises(SystemExit, match="did you mean 'torchvision/convnext_tiny'"):
+        program("train").main(options)
+
+
 @pytest.mark.slow
 def test_two_processes(space: Path) -> None:
     """Two gloo processes share a batch; evaluation by two gives the scores of one."""

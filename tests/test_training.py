@@ -158,9 +158,10 @@ def test_rate_and_decay_of_other_students_by_name(name: str) -> None:
         assert rates[path] == pytest.approx(expected), path
 
 
-NORMS = ("LayerNorm", "BatchNorm2d", "GroupNorm")
+NORMS = ("LayerNorm", "LayerNorm2d", "BatchNorm2d", "GroupNorm")
 NO_NORMS = ("Linear", "Conv2d")
-LOOSE = {"relative_position_bias_table": 0.0, "layer_scale_1": 0.01, "layer_scale_2": 0.01}
+SCALES = dict.fromkeys(("layer_scale_1", "layer_scale_2", "layer_scale"), 0.01)
+LOOSE = {"relative_position_bias_table": 0.0, **SCALES}
 
 
 @pytest.mark.parametrize("multiplier", [10.0, 1.0])  # 1 is the toolbox's for Swin
@@ -172,13 +173,16 @@ def test_rate_and_decay_of_every_parameter_by_its_owner(name: str, multiplier: f
     model = teach(segmenter)
     rates = rates_by_name(model, head_multiplier=multiplier)
     owners = dict(model.named_modules())
+    new = getattr(segmenter, "head_names", ())  # of a foreign network, whose head lies inside it
+    heads = ("head.", "projection.", *(f"network.{name}." for name in new))
+    fast = ("plm.adapter.", *(f"segmenter.{head}" for head in heads))
     for path, _ in model.named_parameters():
         above, _, leaf = path.rpartition(".")
         owner = type(owners[above]).__name__
         assert owner in (*NORMS, *NO_NORMS) or leaf in LOOSE, path  # a new kind needs a decision
         decay = 0.0 if owner in NORMS else LOOSE.get(leaf, 0.01)
-        head = path.startswith(("segmenter.head.", "plm.adapter."))
-        assert rates[path] == pytest.approx((6e-5 * multiplier if head else 6e-5, decay)), path
+        rate = 6e-5 * (multiplier if path.startswith(fast) else 1)
+        assert rates[path] == pytest.approx((rate, decay)), path
 
 
 def test_the_auxiliary_head_learns_as_the_head_does() -> None:

@@ -47,7 +47,8 @@ def _segmenter(name: str) -> Callable[[], nn.Module]:
 def _convnext_tiny() -> nn.Module:
     from torchvision.models import convnext_tiny
 
-    return convnext_tiny(weights=None).features
+    features: nn.Module = convnext_tiny(weights=None).features
+    return features
 
 
 _RESNET = {"weights": "ResNet50_Weights", "published": "", "ours": "network.backbone."}
@@ -82,10 +83,11 @@ def build_torchvision(name: str, channels: int, weights: str | Path | None) -> A
         ValueError: If the weights do not fit.
     """
     network = TORCHVISION_NETWORKS[name]
+    state = None if weights is None else _read(name, weights)
     with torch.device("cpu"):  # adapting looks at numbers, and the meta device has none
         model = adapt_segmenter(network.build(), channels)
-    if weights is not None:
-        _load(model, _read(name, weights), network)
+    if state is not None:
+        _load(model, state, network)
     return model.to(torch.get_default_device())
 
 
