@@ -21,7 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .clip import CLIP, class_text_features
+from .clip import CLIP, ImageFeatures, class_text_features
 from .glm import GlobalLearningModule, Pooling
 from .inference import pixel_logits
 from .kmeans import Seeding
@@ -68,6 +68,7 @@ class CLIPTeacherConfig:
     dice_weight: float = 1.0
     generate_weight: float = 1.0
     auxiliary_weight: float = 0.0  # of the student's auxiliary head; 0.4 for Swin with UPerNet
+    distill_weight: float = 0.0  # not in the paper: the student copies CLIP's dense tokens
 
 
 class CLIPTeacher(nn.Module):
@@ -152,7 +153,7 @@ class CLIPTeacher(nn.Module):
 
         Returns:
             ``global``, ``ce``, ``focal``, ``dice``, ``generate``, with an auxiliary head
-            ``auxiliary``, and their sum ``total``, scalars.
+            ``auxiliary``, with ``distill_weight`` ``distill``, and their sum ``total``, scalars.
 
         Raises:
             ValueError: images and labels do not fit together, or the student's width is not C.
@@ -174,14 +175,15 @@ class CLIPTeacher(nn.Module):
                 f"the student must give features (B, {self.clip.embed_dim}, h, w), got "
                 f"{tuple(features.shape)}; build it with channels=clip.embed_dim"
             )
-        cls, dense = self.encode(pixels)
+        teacher = self.encode(pixels)
+        cls, tokens = teacher.cls, self._tokens_to_cluster(teacher)
         seen_logits, near_labels = self._score_seen(features, labels)
         zero = features.new_zeros((), dtype=torch.float32)
         losses = {"global": zero, "ce": zero, "focal": zero, "dice": zero, "generate": zero}
         if config.global_weight > 0:
             losses["global"] = config.global_weight * self.glm(features, cls)
         if self.uses_adapter:
-            pixel = self.plm(features, seen_logits, dense, cls, labels, self.seen_text)
+            pixel = self.plm(features, seen_logits, tokens, cls, labels, self.seen_text)
             losses["generate"] = config.generate_weight * pixel.generate
             if config.ce == "all":
                 losses["ce"] = config.ce_weight * pixel.ce
@@ -195,6 +197,8 @@ class CLIPTeacher(nn.Module):
             if config.ce != "none":
                 terms.append(config.ce_weight * seen_cross_entropy(logits, near_labels))
             losses["auxiliary"] = config.auxiliary_weight * torch.stack(terms).sum()
+        if config.distill_weight > 0:
+            losses["distill"] = config.distill_weight * distill_loss(features, teacher.dense)
         losses["total"] = torch.stack(tuple(losses.values())).sum()
         return losses
 
@@ -217,11 +221,13 @@ class CLIPTeacher(nn.Module):
         )
 
     @torch.no_grad()
-    def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Ask the teacher for CLS tokens (B, C) and the dense tokens to cluster (B, C', h, w)."""
-        features = self.clip.encode_image(pixels)
-        tokens = features.dense if self.config.tokens == "projected" else features.final
-        return features.cls, tokens
+    def encode(self, pixels: Tensor) -> ImageFeatures:
+        """Ask the teacher for CLS tokens (B, C) and dense tokens (B, C, h, w), no gradient."""
+        return self.clip.encode_image(pixels)
+
+    def _tokens_to_cluster(self, teacher: ImageFeatures) -> Tensor:
+        """The dense tokens (B, C', h, w) that the Pixel Learning Module groups."""
+        return teacher.dense if self.config.tokens == "projected" else teacher.final
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CLIPTeacher:
         # .to(), .float() and the like reach the teacher too
@@ -243,3 +249,21 @@ def seen_cross_entropy(seen_logits: Tensor, labels: Tensor) -> Tensor:
         seen_logits.float(), labels.long(), ignore_index=IGNORE_INDEX, reduction="sum"
     )
     return total / (labels != IGNORE_INDEX).sum().clamp(min=1)
+
+
+def distill_loss(features: Tensor, dense: Tensor) -> Tensor:
+    """Make the student copy CLIP's dense tokens: mean over the tokens of 1 - cos(R, D).
+
+    Not in the paper: the baseline that GLM and PLM have to beat, for what a student learns from
+    dense tokens alone it learns without labels and without a CLS token.
+
+    Args:
+        features: R (B, C, h, w), averaged over the pixels of each token.
+        dense: D (B, C, h', w').
+
+    Returns:
+        scalar in [0, 2].
+    """
+    h, w = dense.shape[2:]
+    pooled = nn.functional.adaptive_avg_pool2d(features.float(), (h, w))
+    return (1 - nn.functional.cosine_similarity(pooled, dense.float(), dim=1)).mean()

@@ -3,11 +3,14 @@ r"""Score a trained student: pAcc, mIoU of seen and unseen classes, and their hI
     python examples/evaluate.py --checkpoint runs/miniworld --split test
     torchrun --standalone --nproc_per_node=8 examples/evaluate.py --checkpoint runs/paper \
         --data folder --root DIR --split val --mode slide
+    python examples/evaluate.py --clip-dense --clip miniworld --split test    # no student at all
     python examples/evaluate.py --help
 
 A student is not bound to the data set it was trained on. If the class names are those of its
 training run, their stored text features serve and no CLIP is needed; otherwise the CLIP reads the
 new names, and unseen are those that training had no labels for.
+
+``--clip-dense`` asks what the teacher can do alone: its dense tokens against the text features.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from PIL import Image
 from torch import Tensor
 from words import with_words
 
+from cliptteacher.clip import DenseTokens, class_text_features, load_clip
 from cliptteacher.data import SegmentationDataset, open_dataset
 from cliptteacher.data.catalog import BENCHMARKS
 from cliptteacher.evaluation import evaluate, format_scores, scores_as_percent
@@ -50,7 +54,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--checkpoint", type=Path, required=True, help="a file, or the directory of a run")
+    scored = parser.add_mutually_exclusive_group(required=True)
+    scored.add_argument("--checkpoint", type=Path, help="a file, or the directory of a run")
+    scored.add_argument(
+        "--clip-dense", action="store_true", help="score the dense tokens of --clip"
+    )
     add("--data", choices=("miniworld", "folder", *BENCHMARKS), help="default: that of training")
     add("--root", help="folder of the data set; default: that of training")
     add("--split", default="val")
@@ -58,7 +66,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--window", type=int, help="side of a sliding window; default: the crop of training")
     add("--stride", type=int, help="step between windows; default: 5/6 of the window")
     add("--resize", type=int, nargs=2, metavar=("LONG", "SHORT"), help="default: as in training")
-    add("--gamma", type=float, help="bonus of unseen classes; default: that of training")
+    add("--gamma", type=float, help="bonus of unseen classes; default: that of training, or 0")
+    add("--templates", choices=("single", "ensemble"), default="single", help="of --clip-dense")
     add("--clip", help="name or path of the CLIP, for class names that training did not know")
     add("--save-dir", type=Path, help="write NAME.png (class indices) and NAME_overlay.png here")
     add("--json", type=Path, help="write the scores here")
@@ -70,7 +79,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace, process: Process) -> None:
     """Evaluate, print and save."""
-    trained = load_segmenter(args.checkpoint)
+    trained = dense_teacher(args) if args.clip_dense else load_segmenter(args.checkpoint)
     dataset = open_split(args, trained)
     student, unread = with_words(trained, dataset.class_names, args.clip)
     gamma = student.gamma if args.gamma is None else args.gamma
@@ -95,6 +104,26 @@ def run(args: argparse.Namespace, process: Process) -> None:
             scores = scores_as_percent(result, dataset.class_names)
             write_json(summary(args, student, gamma, scores), args.json)
         print(format_scores(result, dataset.class_names, groups))
+
+
+def dense_teacher(args: argparse.Namespace) -> TrainedSegmenter:
+    """Let the dense tokens of a CLIP take the place of a student's features."""
+    if args.clip is None:
+        raise ValueError("--clip-dense needs a CLIP, got none; name one with --clip")
+    args.data = args.data or ("folder" if args.root else "miniworld")
+    clip = load_clip(args.clip)
+    dataset = open_dataset(args.data, args.root, args.split, cache=False)
+    return TrainedSegmenter(
+        segmenter=DenseTokens(clip).eval(),
+        class_names=dataset.class_names,
+        unseen=tuple(dataset.unseen),
+        text_features=class_text_features(clip, dataset.class_names, args.templates),
+        gamma=0.0,
+        logit_scale=1.0,
+        logits="cosine",
+        resize=None,
+        checkpoint={"segmenter_name": "dense tokens", "step": 0, "clip": args.clip},
+    )
 
 
 def open_split(args: argparse.Namespace, trained: TrainedSegmenter) -> SegmentationDataset:
@@ -127,8 +156,11 @@ def print_plan(
     """Say what is about to be measured, and which classes count as unseen."""
     name, step = student.checkpoint["segmenter_name"], student.checkpoint["step"]
     names = ", ".join(student.class_names[k] for k in student.unseen)
+    source = (
+        f"CLIP {args.clip}" if args.clip_dense else f"{args.checkpoint} after {step} iterations"
+    )
     print(
-        f"{name} of {args.checkpoint} after {step} iterations, on {args.root or args.data} "
+        f"{name} of {source}, on {args.root or args.data} "
         f"{args.split}: {len(dataset)} images, {len(student.class_names)} classes"
     )
     if names:
@@ -173,7 +205,8 @@ def summary(
     """Collect the scores and everything they depend on."""
     return {
         "scores": scores,
-        "checkpoint": str(args.checkpoint),
+        "checkpoint": None if args.clip_dense else str(args.checkpoint),
+        "clip": student.checkpoint.get("clip"),
         "step": student.checkpoint["step"],
         "data": args.data,
         "root": args.root,

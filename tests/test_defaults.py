@@ -149,6 +149,7 @@ ROOMS = [
             "dice_weight": 1.0,
             "generate_weight": 1.0,
             "auxiliary_weight": 0.0,
+            "distill_weight": 0.0,
         },
     ),
 ]

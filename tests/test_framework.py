@@ -13,7 +13,12 @@ from tiny import tiny_clip, tiny_student
 from torch import Tensor
 
 from cliptteacher.clip import class_text_features
-from cliptteacher.framework import CLIPTeacher, CLIPTeacherConfig, seen_cross_entropy
+from cliptteacher.framework import (
+    CLIPTeacher,
+    CLIPTeacherConfig,
+    distill_loss,
+    seen_cross_entropy,
+)
 from cliptteacher.glm import GlobalLearningModule
 from cliptteacher.losses import nel
 from cliptteacher.plm import resize_nearest
@@ -140,8 +145,8 @@ def test_every_option_reaches_its_room() -> None:
 
 def test_the_teacher_records_no_gradient_even_for_images_that_do() -> None:
     model = build()
-    cls, dense = model.encode(torch.rand(1, 3, 32, 32, requires_grad=True))
-    assert not cls.requires_grad and not dense.requires_grad
+    found = model.encode(torch.rand(1, 3, 32, 32, requires_grad=True))
+    assert not any(tensor.requires_grad for tensor in found)
 
 
 @pytest.mark.parametrize("term", TERMS)
@@ -156,6 +161,32 @@ def test_weights_scale_a_term_and_zero_switches_it_off(term: str) -> None:
     for other in set(TERMS) - {term}:
         torch.testing.assert_close(off[other], full[other])
         torch.testing.assert_close(doubled[other], full[other])
+
+
+@pytest.mark.parametrize("tokens", ["projected", "final"])
+def test_distillation_compares_with_the_projected_tokens_and_can_stand_alone(tokens: str) -> None:
+    images, labels = batch()
+    off = {f"{term}_weight": 0.0 for term in TERMS}
+    model = build(**off, ce="none", distill_weight=3.0, tokens=tokens)
+    losses = model(images, labels)
+    features = model.segmenter(images.float() / 255)
+    dense = tiny_clip().eval().encode_image(images.float() / 255).dense  # (2, 16, 4, 4)
+    angles = []
+    for b, y, x in itertools.product(range(2), range(4), range(4)):
+        pixels = features[b, :, 2 * y : 2 * y + 2, 2 * x : 2 * x + 2]  # two pixels a token
+        angles.append(1 - torch.cosine_similarity(pixels.mean((1, 2)), dense[b, :, y, x], dim=0))
+    torch.testing.assert_close(losses["distill"], 3 * torch.stack(angles).mean())
+    torch.testing.assert_close(losses["total"], losses["distill"])
+    assert tuple(losses) == (*TERMS, "distill", "total")
+    losses["total"].backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.segmenter.parameters())
+
+
+def test_distillation_is_zero_for_a_copy_of_any_length_and_two_for_its_opposite() -> None:
+    dense = torch.randn(2, 5, 3, 4)
+    copy = 7 * dense.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    assert distill_loss(copy, dense).item() == pytest.approx(0, abs=1e-6)
+    assert distill_loss(-copy, dense).item() == pytest.approx(2, abs=1e-6)
 
 
 def test_uint8_and_float_images_are_the_same() -> None:
@@ -198,8 +229,8 @@ def test_the_teacher_moves_with_the_module() -> None:
     moved = (*model.clip.parameters(), *model.clip.buffers(), *model.parameters())
     assert {tensor.dtype for tensor in moved if tensor.is_floating_point()} == {torch.float64}
     assert model.seen_text.dtype == torch.float64
-    cls, dense = model.encode(batch()[0].double() / 255)
-    assert cls.dtype == dense.dtype == torch.float64
+    found = model.encode(batch()[0].double() / 255)
+    assert {tensor.dtype for tensor in found} == {torch.float64}
     model.to("meta")
     assert {tensor.device.type for tensor in model.clip.parameters()} == {"meta"}
 

@@ -1,0 +1,179 @@
+"""The rows of Tables 3-5 of arXiv:2310.02296v1, and of the questions that the paper leaves open.
+
+Data only; ``examples/ablate.py`` runs them. A row says in which fields it differs from the base,
+which is the recipe of the data set (``miniworld``, ``folder``) or that recipe with the literal
+Pixel Learning Module. A row with ``checkpoints_of`` trains nothing: it evaluates the finished
+students of another row with another gamma.
+
+    3         the terms of the loss                            Table 3
+    4         pooling of the Global Learning Module            Table 4
+    5         Vision-Language Adapter                          Table 5
+    bounds    what is there without the method, and above it
+    readings  choices that the paper's text leaves open
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from .paper_recipes import PAPER_ROWS, Scores
+
+CLIP_DENSE = "clip_dense"  # the one row without a student
+
+# The Pixel Learning Module as the paper's text has it, on top of a recipe that reads it gently.
+LITERAL: dict[str, Any] = {
+    "potential_scope": "batch",
+    "potential_slots": None,
+    "pseudo_logits": "dot",
+    "pseudo_scale": 1.0,
+    "detach_prototypes": False,
+    "seen_competition": True,
+}
+BASES: dict[str, dict[str, Any]] = {"recipe": {}, "literal": LITERAL}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AblationRow:
+    """One row of one table."""
+
+    name: str
+    title: str
+    overrides: dict[str, Any] = field(default_factory=dict)  # fields, over those of the base
+    paper: str | None = None  # name of the paper's row, ablation_<paper>
+    checkpoints_of: str | None = None  # evaluate the students of this row instead of training
+    gamma: float | None = None  # at this gamma
+    split: str | None = None  # on this split; None: the one that the base is tested on
+
+    @property
+    def paper_scores(self) -> Scores | None:
+        """What the paper reports: pAcc, mIoU(S), mIoU(U), hIoU in percent."""
+        return None if self.paper is None else PAPER_ROWS[f"ablation_{self.paper}"].scores
+
+
+def _row(name: str, title: str, paper: str | None = None, **overrides: Any) -> AblationRow:
+    return AblationRow(name=name, title=title, paper=paper, overrides=overrides)
+
+
+def _full(title: str = "full") -> AblationRow:
+    return _row("full", title, paper="full")
+
+
+_TERMS_OFF: dict[str, Any] = {
+    **{"global_weight": 0.0, "ce": "none", "focal_weight": 0.0, "dice_weight": 0.0},
+    "generate_weight": 0.0,
+}
+_TABLE_3 = (
+    _full(),
+    _row("no_nel", "without focal and dice", "no_focal_dice", focal_weight=0.0, dice_weight=0.0),
+    _row("no_ce", "without any cross entropy", "no_ce", ce="none"),
+    _row("seen_ce", "cross entropy on seen pixels only", ce="seen"),
+    _row("no_glm", "without GLM, gamma of the base", global_weight=0.0),
+    AblationRow(
+        name="no_glm_gamma_5",
+        title="without GLM, gamma 5",
+        paper="no_glm",
+        checkpoints_of="no_glm",
+        gamma=5.0,
+    ),
+    _row("no_generate", "without L_generate", "no_generate", generate_weight=0.0),
+)
+_TABLE_4 = (
+    _full("attention (full)"),
+    _row("glm_mean", "mean", "glm_mean", glm_pooling="mean"),
+    _row("glm_max", "max", "glm_max", glm_pooling="max"),
+)
+_TABLE_5 = (
+    _full("decoder (full)"),
+    _row("adapter_mlp", "MLP", "adapter_mlp", adapter="mlp"),
+    _row("adapter_identity", "none", "adapter_identity", adapter="identity"),
+)
+_BOUNDS = (
+    _full(),
+    _row("closed_set", "upper bound: labels of all classes", closed_set=True),
+    _row(
+        "seen_only",
+        "seen labels only: no GLM, no PLM",
+        global_weight=0.0,
+        ce="seen",
+        generate_weight=0.0,
+    ),
+    _row("distill", "student of CLIP's dense tokens only", **_TERMS_OFF, distill_weight=1.0),
+    AblationRow(name=CLIP_DENSE, title="CLIP's dense tokens, no student"),
+)
+
+
+def _gamma_row(gamma: float) -> AblationRow:
+    return AblationRow(
+        name=f"gamma_{gamma:g}",
+        title=f"gamma {gamma:g}, on val",
+        checkpoints_of="full",
+        gamma=gamma,
+        split="val",
+    )
+
+
+_READINGS = (
+    _full("full (the base)"),
+    _row("seeding_grid", "seeding grid", seeding="grid"),
+    _row("seeding_window", "seeding window", seeding="window"),
+    _row("seeding_sliding", "seeding sliding", seeding="sliding"),
+    _row("tokens_projected", "tokens projected", tokens="projected"),
+    _row("tokens_final", "tokens final", tokens="final"),
+    _row("scope_image", "potential scope image", potential_scope="image"),
+    _row("scope_batch", "potential scope batch", potential_scope="batch"),
+    _row("generate_mse", "L_generate mse", generate_loss="mse"),
+    _row("generate_bce", "L_generate bce (v2)", generate_loss="bce"),
+    _row("pseudo_dot", "pseudo logits dot", pseudo_logits="dot", pseudo_scale=1.0),
+    _row("pseudo_cosine", "pseudo logits cosine x 10", pseudo_logits="cosine", pseudo_scale=10.0),
+    _row("bank_0", "CLS bank 0", bank_size=0),
+    _row("bank_24", "CLS bank 24", bank_size=24),
+    *(
+        _row(f"lambda_{value:g}", f"lambda {value:g}", fusion_threshold=value)
+        for value in (0.7, 0.8, 0.9)
+    ),
+    *(
+        _row(f"scales_{'_'.join(map(str, value))}", f"scales {value}", scales=value)
+        for value in ((3,), (7,), (3, 7), (5,))
+    ),
+    *(
+        _row(f"kmeans_{value}", f"K-Means iterations {value}", kmeans_iterations=value)
+        for value in (3, 10, 30)
+    ),
+    _row("detach_on", "prototypes detached", detach_prototypes=True),
+    _row("detach_off", "prototypes not detached", detach_prototypes=False),
+    _row("seen_competition_on", "seen competition on", seen_competition=True),
+    _row("seen_competition_off", "seen competition off", seen_competition=False),
+    *map(_gamma_row, (-2.0, -1.0, -0.5, 0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0)),
+)
+
+TABLES: dict[str, tuple[AblationRow, ...]] = {
+    "3": _TABLE_3,
+    "4": _TABLE_4,
+    "5": _TABLE_5,
+    "bounds": _BOUNDS,
+    "readings": _READINGS,
+}
+
+
+def select_rows(table: str, names: list[str] | None = None) -> tuple[AblationRow, ...]:
+    """Pick rows of a table by name, in the table's order; ``full`` is always among them.
+
+    Args:
+        table: key of ``TABLES``.
+        names: rows to keep; None keeps all. A row of students that another row trains brings
+            that row with it.
+
+    Raises:
+        ValueError: there is no such row in this table.
+    """
+    rows = TABLES[table]
+    if names is None:
+        return rows
+    known = {row.name: row for row in rows}
+    for name in names:
+        if name not in known:
+            raise ValueError(f"table {table} has the rows {', '.join(known)}, got {name!r}")
+    wanted = {"full", *names}
+    wanted |= {known[name].checkpoints_of or name for name in names}
+    return tuple(row for row in rows if row.name in wanted)
