@@ -36,7 +36,9 @@ from cliptteacher.training.ablations import (
     select_rows,
 )
 from cliptteacher.training.config import config_as_dict
-from cliptteacher.training.run import describe_environment, format_time
+from cliptteacher.training.distributed import Process
+from cliptteacher.training.progress import format_time
+from cliptteacher.training.run import describe_environment
 
 POLL = 0.5  # seconds between two looks at the processes
 
@@ -48,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     except ValueError as error:
         raise SystemExit(f"ablate.py: {error}") from error
     runs = plan_runs(args, rows)
-    environment = describe_environment(args.jobs, torch.device("cpu"))
+    environment = describe_environment(Process(0, 0, 1, torch.device("cpu")))
     if not args.only_report:
         work_off(list(runs.values()), args.jobs, args.every, environment["commit"])
     settings = {**vars(args), "environment": environment, "rows": [row.name for row in rows]}

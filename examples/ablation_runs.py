@@ -33,7 +33,7 @@ PROGRAMS = Path(__file__).resolve().parent
 TAIL = 12  # lines of the log of a failed run
 # What may differ between a finished run and the one asked for: it changes no result.
 _BOOKKEEPING = {
-    *("output", "resume", "dry_run", "workers", "log_interval"),
+    *("output", "resume", "dry_run", "workers", "log_interval", "tensorboard"),
     *("checkpoint_interval", "keep_checkpoints", "eval_interval"),
 }
 
