@@ -93,6 +93,11 @@ def counted(device: str = "cpu") -> Iterator[Counter[str]]:
 original = {name: getattr(Tensor, name) for name in READING}
 
 
+def wait_in_backward(x: Tensor) -> None:
+    x.requires_grad_().register_hook(lambda gradient: gradient * gradient.nonzero().shape[0])
+    x.sum().backward()
+
+
 # --- the counter counts -------------------------------------------------------------------------
 
 
@@ -119,6 +124,7 @@ original = {name: getattr(Tensor, name) for name in READING}
         lambda x: torch.equal(x, x),
         lambda x: torch.allclose(x, x),
         lambda x: x.repeat_interleave(x.long()),
+        lambda x: wait_in_backward(x),
     ],
 )
 def test_what_waits_is_counted(wait: Any) -> None:
