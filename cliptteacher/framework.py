@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from .clip import CLIP, ImageFeatures, class_text_features
-from .glm import GlobalLearningModule, Pooling
+from .glm import GlobalLearningModule, Pooling, split_windows
 from .inference import pixel_logits
 from .kmeans import Seeding
 from .losses import NELoss, count_pairs, nel
@@ -42,6 +42,7 @@ class CLIPTeacherConfig:
     logit_scale: float = 1.0  # factor of the seen logits
     # Global Learning Module
     glm_pooling: Pooling = "attention"  # Table 4: attention, mean, max
+    glm_windows: tuple[int, ...] = (1,)  # each of n x n windows has its CLS token; (1,): the image
     bank_size: int = 24  # iterations of CLS tokens that serve as negatives
     temperature: float = 0.07  # tau of Eq. (3)
     # Pixel Learning Module
@@ -85,8 +86,8 @@ class CLIPTeacher(nn.Module):
         config: options; default the literal reading of the paper.
 
     Raises:
-        ValueError: ``seen_names`` is empty, or only one of ``config.auxiliary_weight`` and
-            ``segmenter.auxiliary`` is there.
+        ValueError: ``seen_names`` or ``config.glm_windows`` is empty, or only one of
+            ``config.auxiliary_weight`` and ``segmenter.auxiliary`` is there.
     """
 
     seen_text: Tensor
@@ -102,6 +103,11 @@ class CLIPTeacher(nn.Module):
         if not seen_names:
             raise ValueError("`seen_names` must name at least one class, got none")
         self.config = config = config or CLIPTeacherConfig()
+        if not config.glm_windows or min(config.glm_windows) < 1:
+            raise ValueError(
+                f"`glm_windows` must hold numbers from 1 on, got {config.glm_windows}; "
+                "(1,) is the whole image"
+            )
         has_auxiliary = getattr(segmenter, "auxiliary", None) is not None
         if has_auxiliary != (config.auxiliary_weight > 0):
             raise ValueError(  # DDP waits for the gradient of every parameter
@@ -114,7 +120,10 @@ class CLIPTeacher(nn.Module):
         self.seen_names = tuple(seen_names)
         text = class_text_features(clip, self.seen_names, config.templates)
         self.register_buffer("seen_text", text, persistent=False)
-        self.glm = GlobalLearningModule(config.glm_pooling, config.bank_size, config.temperature)
+        self.glm = nn.ModuleList(  # a bank for every size of window
+            GlobalLearningModule(config.glm_pooling, config.bank_size, config.temperature)
+            for _ in config.glm_windows
+        )
         self.plm = PixelLearningModule(
             clip.embed_dim,
             scales=config.scales,
@@ -181,7 +190,7 @@ class CLIPTeacher(nn.Module):
         zero = features.new_zeros((), dtype=torch.float32)
         losses = {"global": zero, "ce": zero, "focal": zero, "dice": zero, "generate": zero}
         if config.global_weight > 0:
-            losses["global"] = config.global_weight * self.glm(features, cls)
+            losses["global"] = config.global_weight * self._global(features, pixels, cls)
         if self.uses_adapter:
             pixel = self.plm(features, seen_logits, tokens, cls, labels, self.seen_text)
             losses["generate"] = config.generate_weight * pixel.generate
@@ -201,6 +210,14 @@ class CLIPTeacher(nn.Module):
             losses["distill"] = config.distill_weight * distill_loss(features, teacher.dense)
         losses["total"] = torch.stack(tuple(losses.values())).sum()
         return losses
+
+    def _global(self, features: Tensor, pixels: Tensor, cls: Tensor) -> Tensor:
+        """L_global, the mean over the sizes of windows; the CLS tokens of the images are known."""
+        terms = []
+        for n, module in zip(self.config.glm_windows, self.glm, strict=True):
+            tokens = cls if n == 1 else self.encode(split_windows(pixels, n)).cls
+            terms.append(module(split_windows(features, n), tokens))
+        return torch.stack(terms).mean()
 
     def _score_seen(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Seen logits (B, S, h, w) of features, and the labels at their size."""

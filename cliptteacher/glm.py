@@ -8,7 +8,10 @@ what a student can learn words from. The token asks, the student's dense feature
     loss  = InfoNCE(s_hat, s, bank)        Eq. (3), tau = 0.07
 
 The bank holds the CLS tokens of the last n = 24 iterations, which serve as negatives. The module
-has no parameters. Cost: 2 B N C multiply-adds for the pooling, 24 B^2 C for the loss.
+has no parameters. Beyond the paper, ``split_windows`` lets windows of an image have CLS tokens of
+their own, for a token says little about objects that are small in its image.
+
+Cost: 2 B N C multiply-adds for the pooling, 24 B^2 C for the loss.
 """
 
 from __future__ import annotations
@@ -70,6 +73,32 @@ def pool_features(features: Tensor, cls: Tensor, pooling: Pooling = "attention")
         weights = attention_weights(features, cls).to(features.dtype)
         return torch.einsum("bhw,bchw->bc", weights, features).float()
     raise ValueError(f'`pooling` must be "attention", "mean" or "max", got {pooling!r}')
+
+
+def split_windows(maps: Tensor, n: int) -> Tensor:
+    """Cut every map into n x n windows, row by row; n = 1 gives the maps themselves.
+
+    Args:
+        maps: images or features (B, C, H, W).
+        n: windows along one side.
+
+    Returns:
+        (B * n * n, C, H / n, W / n), the windows of an image one after the other.
+
+    Raises:
+        ValueError: n does not divide H and W.
+
+    >>> split_windows(torch.arange(4.0).reshape(1, 1, 2, 2), 2).flatten().tolist()
+    [0.0, 1.0, 2.0, 3.0]
+    """
+    B, C, H, W = maps.shape
+    if H % n or W % n:
+        raise ValueError(
+            f"{n} x {n} windows must divide maps of {H} x {W} evenly; choose another `glm_windows` "
+            "or a crop that is a multiple of it"
+        )
+    windows = maps.reshape(B, C, n, H // n, n, W // n).permute(0, 2, 4, 1, 3, 5)
+    return windows.reshape(B * n * n, C, H // n, W // n)
 
 
 def gather_cls(cls: Tensor) -> tuple[Tensor, int]:

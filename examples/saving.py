@@ -42,7 +42,8 @@ def resume(
     training = state["training"]
     model.segmenter.load_state_dict(state["segmenter"])
     model.plm.adapter.load_state_dict(training["adapter"])
-    model.glm.bank.load_state_dict(training["bank"], process.device)
+    for module, bank in zip(model.glm, training["bank"], strict=True):
+        module.bank.load_state_dict(bank, process.device)
     optimizer.load_state_dict(training["optimizer"])
     if len(training["rng"]) != process.world_size:
         print("warning: another number of processes than before: dropout starts from new numbers")
@@ -85,7 +86,7 @@ def checkpoint_content(
         "clip": config.clip,
         "training": {
             "optimizer": optimizer.state_dict(),
-            "bank": model.glm.bank.state_dict(),
+            "bank": [module.bank.state_dict() for module in model.glm],
             "adapter": model.plm.adapter.state_dict(),
             "rng": rng,
             "cuda_rng": gather_from_processes(cuda_rng, process.device) if cuda else [],

@@ -125,6 +125,7 @@ ROOMS = [
             "logits": "dot",
             "logit_scale": 1.0,
             "glm_pooling": "attention",
+            "glm_windows": (1,),
             "bank_size": 24,
             "temperature": 0.07,
             "ce": "all",

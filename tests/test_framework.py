@@ -101,6 +101,38 @@ def test_cross_entropy_of_seen_pixels_is_weighted() -> None:
     torch.testing.assert_close(model(images, labels)["ce"], expected)
 
 
+def test_windows_have_cls_tokens_and_banks_of_their_own() -> None:
+    """Cut by hand, window by window; L_global is the mean over the sizes of windows."""
+    images, labels = batch()
+    model = build(glm_windows=(1, 2), global_weight=3.0)
+    pixels = images.float() / 255
+    features, expected = model.segmenter(pixels), []
+    for n in (1, 2):
+        maps, tokens = [], []
+        for image, row, column in itertools.product(range(len(images)), range(n), range(n)):
+            window, part = cut(pixels[image], n, row, column), cut(features[image], n, row, column)
+            tokens.append(model.clip.encode_image(window[None]).cls[0])
+            maps.append(part)
+        expected.append(GlobalLearningModule()(torch.stack(maps), torch.stack(tokens)))
+    found = model(images, labels)["global"]
+    torch.testing.assert_close(found, 3 * (expected[0] + expected[1]) / 2)
+    assert [len(module.bank.rows()) for module in model.glm] == [len(images), 4 * len(images)]
+
+
+def cut(maps: Tensor, n: int, row: int, column: int) -> Tensor:
+    h, w = maps.shape[1] // n, maps.shape[2] // n
+    return maps[:, row * h : row * h + h, column * w : column * w + w]
+
+
+def test_windows_must_be_there_and_fit() -> None:
+    with pytest.raises(ValueError, match=r"`glm_windows` must hold numbers from 1 on, got \(\)"):
+        build(glm_windows=())
+    with pytest.raises(ValueError, match=r"got \(0, 2\); \(1,\) is the whole image"):
+        build(glm_windows=(0, 2))
+    with pytest.raises(ValueError, match=r"3 x 3 windows must divide maps of .* evenly; choose"):
+        build(glm_windows=(3,))(*batch())
+
+
 def test_every_option_reaches_its_room() -> None:
     options: dict[str, Any] = {
         "glm_pooling": "mean",
@@ -121,7 +153,7 @@ def test_every_option_reaches_its_room() -> None:
         "adapter_heads": 4,
     }
     model = build(**options)
-    glm, plm = model.glm, model.plm
+    glm, plm = model.glm[0], model.plm
     found = {
         "glm_pooling": glm.pooling,
         "bank_size": glm.bank._batches.maxlen,

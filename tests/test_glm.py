@@ -15,6 +15,7 @@ from cliptteacher.glm import (
     attention_weights,
     gather_cls,
     pool_features,
+    split_windows,
 )
 
 TAU = 0.07
@@ -90,6 +91,16 @@ def test_gradients_equal_those_of_the_loop(pooling: str) -> None:
     (loop_pool(loop, cls, pooling) * weight).sum().backward()
     assert torch.autograd.gradcheck(lambda x: loop_pool(x, cls, pooling), loop)
     torch.testing.assert_close(ours.grad.double(), loop.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_windows_come_image_by_image_and_row_by_row() -> None:
+    maps = torch.randn(2, 3, 6, 4, generator=torch.Generator().manual_seed(8))
+    windows = split_windows(maps, 2)
+    assert windows.shape == (8, 3, 3, 2)
+    for number, window in enumerate(windows):
+        b, row, column = number // 4, number // 2 % 2, number % 2
+        assert torch.equal(window, maps[b, :, 3 * row : 3 * row + 3, 2 * column : 2 * column + 2])
+    assert torch.equal(split_windows(maps, 1), maps)
 
 
 def test_attention_weights_sum_to_one_and_prefer_similar_positions() -> None:

@@ -178,7 +178,7 @@ def test_a_checkpoint_says_everything_needed_to_predict(trained: tuple[Path, str
     content = load_checkpoint(trained[0])
     assert content["class_names"] == list(NAMES) and content["unseen"] == [NAMES.index(UNSEEN)]
     assert content["text_features"].shape == (4, 32) and content["step"] == 4
-    assert content["gamma"] == 1.5 and len(content["training"]["bank"]) == 4
+    assert content["gamma"] == 1.5 and len(content["training"]["bank"][0]) == 4
     assert not any("clip" in name or "visual" in name for name in content["segmenter"])
 
 
@@ -202,7 +202,7 @@ def test_four_iterations_equal_two_and_two_resumed(
     program("train").main(options)
     assert "resumed from step 2" in capsys.readouterr().out
     whole, resumed = load_checkpoint(trained[0]), load_checkpoint(run)
-    assert len(whole["training"]["bank"]) == 4
+    assert len(whole["training"]["bank"][0]) == 4
     for part in ("segmenter", "text_features", "training"):
         assert_same(whole[part], resumed[part])
     told = ("step", "total", "pAcc")
@@ -254,7 +254,7 @@ def test_two_processes(space: Path) -> None:
     assert [device["rank"] for device in devices] == [0, 1]
     content = load_checkpoint(run)
     assert len(content["training"]["rng"]) == 2
-    assert [tuple(batch.shape) for batch in content["training"]["bank"]] == [(2, 32)] * 4
+    assert [tuple(batch.shape) for batch in content["training"]["bank"][0]] == [(2, 32)] * 4
     again = start(*torchrun, "evaluate.py", "--checkpoint", str(run))
     assert four_scores(again) == four_scores(printed)
 
