@@ -345,7 +345,7 @@ SPLITS = [
     ("closed set inverted", "() if closed_set else dataset.unseen", "dataset.unseen if closed_set else ()"),
     ("unseen indices leak", "self.unseen: tuple[int, ...] = ()\n", "self.unseen = dataset.unseen\n"),
     ("unseen names leak", "self.class_names = split.seen_names", "self.class_names = split.names"),
-    ("labels not hidden", "return image, self._lookup[label.long()]", "return image, label"),
+    ("labels not hidden", "return image, self._lookup.index_select(0, label.flatten().int()).view_as(label)", "return image, label"),
     ("unseen names sorted", "return tuple(self.names[index] for index in self.unseen)", "return tuple(self.names[index] for index in sorted(self.unseen))"),
     ("256 classes allowed", "MAX_CLASSES = 255", "MAX_CLASSES = 256"),
 ]

@@ -8,20 +8,23 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as F
 
+from cliptteacher.data.colours import photometric_distortion, turn_colours
 from cliptteacher.data.transforms import (
     PADDING_COLOUR,
+    Window,
     is_dominated,
     keep_ratio_size,
     pad_to,
-    photometric_distortion,
-    random_crop,
     random_flip,
-    random_resize,
+    random_size,
+    random_window,
+    resize_image,
     resize_keep_ratio,
-    scale_saturation,
+    resize_label,
     training_transform,
-    turn_hue,
 )
 
 
@@ -73,24 +76,45 @@ def test_resize_keep_ratio_takes_bytes_floats_and_batches() -> None:
 
 @pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize("upright", [True, False])
-def test_random_resize_moves_image_and_label_together(seed: int, upright: bool) -> None:
+def test_resizing_moves_image_and_label_together(seed: int, upright: bool) -> None:
     stripes = noise(17, high=2).repeat_interleave(5)  # borders every few pixels
     label = stripes.expand(60, -1) if upright else stripes[:, None].expand(-1, 60)
     image = (255 * label).expand(3, -1, -1).contiguous()
     torch.manual_seed(seed)
-    resized, resized_label = random_resize(image, label.contiguous(), (85, 60), (0.5, 2.0))
+    size = random_size(60, 85, (85, 60), (0.5, 2.0))
+    resized = resize_image(image, size, Window(0, 0, *size))
+    resized_label = resize_label(label.contiguous(), size, Window(0, 0, *size))
     # Half-way between black and white, the image changes exactly where the label does.
     clear = (resized.int() - 128).abs() > 16
     assert torch.equal((resized > 127)[clear], resized_label.bool().expand(3, -1, -1)[clear])
     assert clear.float().mean() > 0.9
 
 
-def test_random_resize_covers_the_range_of_factors() -> None:
-    image, label = noise(3, 10, 20), noise(10, 20, high=4)
+def test_random_size_covers_the_range_of_factors() -> None:
     torch.manual_seed(0)
-    heights = [random_resize(image, label, (200, 100), (0.5, 2.0))[1].shape[0] for _ in range(200)]
+    heights = [random_size(10, 20, (200, 100), (0.5, 2.0))[0] for _ in range(200)]
     assert 50 <= min(heights) < 60 and 190 < max(heights) <= 200
     assert 115 < sum(heights) / len(heights) < 135  # U(0.5, 2) has mean 1.25
+
+
+@given(st.data())
+def test_resizing_a_window_equals_cutting_it_out(data: st.DataObject) -> None:
+    """To the last bit, whatever lies together in memory."""
+    draw = data.draw
+    shape = draw(st.tuples(st.integers(1, 90), st.integers(1, 90)))
+    size = draw(st.tuples(st.integers(1, 90), st.integers(2, 90)))  # PyTorch is wrong at width 1
+    height, width = draw(st.integers(1, size[0])), draw(st.integers(1, size[1]))
+    top, left = draw(st.integers(0, size[0] - height)), draw(st.integers(0, size[1] - width))
+    window = Window(top, left, height, width)
+    image, label = noise(3, *shape), noise(*shape)
+    whole = F.resize(image, list(size), InterpolationMode.BILINEAR, antialias=True)
+    expected = whole[:, top : top + height, left : left + width]
+    packed = image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    assert torch.equal(resize_image(image, size, window), expected)
+    assert torch.equal(resize_image(packed, size, window), expected)
+    whole = F.resize(label[None], list(size), InterpolationMode.NEAREST_EXACT)[0]
+    expected = whole[top : top + height, left : left + width]
+    assert torch.equal(resize_label(label, size, window), expected)
 
 
 def plain_crop(label: Tensor, crop: int, share: float) -> tuple[int, int]:
@@ -109,38 +133,52 @@ def plain_crop(label: Tensor, crop: int, share: float) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("share", [0.5, 0.75, 0.999])
-def test_random_crop_equals_a_plain_loop(share: float) -> None:
+@pytest.mark.parametrize("second", [9, 4, 255])
+def test_random_window_equals_a_plain_loop(share: float, second: int) -> None:
+    """With two classes; and with one or none, where every window is tried in vain."""
     label = torch.full((30, 40), 255, dtype=torch.uint8)
-    label[5:20, 3:38] = 4
-    label[12:28, 20:30] = 9
-    image = noise(3, 30, 40)
+    label[5:20, 3:38] = second if second == 255 else 4
+    label[12:28, 20:30] = second
     for seed in range(25):
         torch.manual_seed(seed)
         top, left = plain_crop(label, 8, share)
+        drawn = torch.rand(())
         torch.manual_seed(seed)
-        cut, cut_label = random_crop(image, label, 8, share)
-        assert torch.equal(cut, image[:, top : top + 8, left : left + 8])
-        assert torch.equal(cut_label, label[top : top + 8, left : left + 8])
+        window, cut = random_window(label, (30, 40), 8, share)
+        assert window == (top, left, 8, 8)
+        assert torch.equal(cut, label[top : top + 8, left : left + 8])
+        assert torch.equal(torch.rand(()), drawn)  # as many numbers were drawn
 
 
-def test_random_crop_avoids_dominated_windows() -> None:
+def test_random_window_looks_at_the_resized_labels() -> None:
+    label = drawn_label(24, 36)
+    resized = F.resize(label[None], [48, 72], InterpolationMode.NEAREST_EXACT)[0]
+    for seed in range(10):
+        torch.manual_seed(seed)
+        top, left = plain_crop(resized, 16, 0.6)
+        torch.manual_seed(seed)
+        window, cut = random_window(label, (48, 72), 16, 0.6)
+        assert window == (top, left, 16, 16)
+        assert torch.equal(cut, resized[top : top + 16, left : left + 16])
+
+
+def test_random_window_avoids_dominated_ones() -> None:
     label = torch.zeros(64, 64, dtype=torch.uint8)
     label[:, 56:] = 1
-    image = noise(3, 64, 64)
 
     def share_of_mixed(limit: float) -> float:
         torch.manual_seed(1)
-        crops = [random_crop(image, label, 16, limit)[1] for _ in range(200)]
+        crops = [random_window(label, (64, 64), 16, limit)[1] for _ in range(200)]
         return sum(not is_dominated(crop, 0.75) for crop in crops) / len(crops)
 
     assert share_of_mixed(1.0) < 0.2  # 5 of 49 columns are good: one draw
     assert share_of_mixed(0.75) > 0.55  # 1 - (44/49)^11 = 0.69: eleven draws
 
 
-def test_random_crop_keeps_images_smaller_than_the_crop() -> None:
-    image, label = noise(3, 5, 7), noise(5, 7, high=3)
-    cut, cut_label = random_crop(image, label, 16, 0.75)
-    assert torch.equal(cut, image) and torch.equal(cut_label, label)
+def test_random_window_keeps_images_smaller_than_the_crop() -> None:
+    label = noise(5, 7, high=3)
+    window, cut = random_window(label, (5, 7), 16, 0.75)
+    assert window == (0, 0, 5, 7) and torch.equal(cut, label)
 
 
 @pytest.mark.parametrize(
@@ -228,21 +266,30 @@ def test_photometric_distortion_of_strength_zero_changes_nothing() -> None:
         assert torch.equal(photometric_distortion(image, 0.0), image)
 
 
-@given(st.tuples(*[st.integers(0, 255)] * 3), st.floats(0, 3))
-def test_scale_saturation_equals_hsv(rgb: tuple[int, int, int], factor: float) -> None:
-    h, s, v = colorsys.rgb_to_hsv(*(value / 255 for value in rgb))
-    expected = torch.tensor(colorsys.hsv_to_rgb(h, min(s * factor, 1.0), v))
-    pixel = torch.tensor(rgb).view(3, 1, 1) / 255
-    torch.testing.assert_close(scale_saturation(pixel, factor).flatten(), expected)
+@given(
+    st.tuples(*[st.integers(0, 255)] * 3),
+    st.sampled_from([0.0, 1.0]) | st.floats(0, 3),
+    st.sampled_from([0.0]) | st.floats(-0.5, 0.5, width=32),
+)
+def test_turn_colours_equals_hsv(rgb: tuple[int, int, int], saturation: float, turn: float) -> None:
+    h, s, v = colorsys.rgb_to_hsv(*(channel / 255 for channel in rgb))
+    expected = torch.tensor(colorsys.hsv_to_rgb((h + turn) % 1, min(s * saturation, 1.0), v))
+    for scale in (1, 255):
+        pixels = torch.tensor(rgb).reshape(3, 1, 1) * (scale / 255)
+        turned = turn_colours(pixels, saturation, turn).flatten() / scale
+        # A hue in sixths of the circle carries some roundings of size 6 times float32's 6e-8.
+        assert torch.allclose(turned, expected, rtol=0, atol=4e-6)
 
 
-@given(st.tuples(*[st.integers(0, 255)] * 3), st.floats(-0.5, 0.5, allow_nan=False, width=32))
-def test_turn_hue_equals_hsv(rgb: tuple[int, int, int], turn: float) -> None:
-    hue, saturation, value = colorsys.rgb_to_hsv(*(channel / 255 for channel in rgb))
-    expected = torch.tensor(colorsys.hsv_to_rgb((hue + turn) % 1, saturation, value))
-    pixels = (torch.tensor(rgb) / 255).reshape(3, 1, 1)
-    # A hue in sixths of the circle carries some roundings of size 6 times float32's 6e-8.
-    assert torch.allclose(turn_hue(pixels, turn).flatten(), expected, rtol=0, atol=4e-6)
+def test_turn_colours_of_every_hue_and_of_none() -> None:
+    """On the borders between the sectors of the hue, all at once."""
+    levels = torch.tensor([0.0, 64, 128, 255])
+    pixels = torch.cartesian_prod(levels, levels, levels).T.reshape(3, 8, 8)
+    for sixths in range(-7, 8):
+        turned = turn_colours(pixels.clone(), 1.0, sixths / 6)
+        hsv = [colorsys.rgb_to_hsv(*pixel) for pixel in pixels.flatten(1).T.tolist()]
+        expected = [colorsys.hsv_to_rgb((h + sixths / 6) % 1, s, v) for h, s, v in hsv]
+        assert torch.allclose(turned.flatten(1).T, torch.tensor(expected), rtol=0, atol=1e-3)
 
 
 def test_pad_to_fills_right_and_bottom() -> None:

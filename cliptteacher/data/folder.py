@@ -93,11 +93,12 @@ def read_image(path: Path) -> Tensor:
         path: JPEG, PNG or anything else Pillow opens.
 
     Returns:
-        Image, uint8 (3, H, W).
+        Image, uint8 (3, H, W); the colours of a pixel lie together in memory, as decoded.
     """
     with Image.open(path) as file:
-        pixels = np.array(ImageOps.exif_transpose(file).convert("RGB"))
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+        ImageOps.exif_transpose(file, in_place=True)
+        pixels = np.array(file if file.mode == "RGB" else file.convert("RGB"))
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def read_label(path: Path, num_classes: int, ignore_index: int = IGNORE_INDEX) -> Tensor:
@@ -120,17 +121,22 @@ def read_label(path: Path, num_classes: int, ignore_index: int = IGNORE_INDEX) -
                 f"label {path} must hold one class index a pixel, got colours instead of indices "
                 f"(mode {file.mode}); save it as a greyscale or palette PNG"
             )
-        indices = np.array(file).astype(np.int64)
+        indices = np.array(file)
     ignored = indices == ignore_index
-    _check_indices(path, indices[~ignored], num_classes, ignore_index)
-    return torch.from_numpy(np.where(ignored, IGNORE_INDEX, indices).astype(np.uint8))
+    _check_indices(path, indices, ignored, num_classes, ignore_index)
+    return torch.from_numpy(np.where(ignored, np.uint8(IGNORE_INDEX), indices).astype(np.uint8))
 
 
 def _check_indices(
-    path: Path, indices: NDArray[np.int64], num_classes: int, ignore_index: int
+    path: Path,
+    indices: NDArray[np.integer[Any]],
+    ignored: NDArray[np.bool_],
+    num_classes: int,
+    ignore_index: int,
 ) -> None:
-    outside = indices[(indices < 0) | (indices >= num_classes)]
-    if outside.size:
+    wrong = ((indices < 0) | (indices >= num_classes)) & ~ignored
+    if wrong.any():
+        outside = indices[wrong].astype(np.int64)
         values = ", ".join(str(value) for value in np.unique(outside)[:8])
         raise ValueError(
             f"label {path} must hold class indices 0..{num_classes - 1} or {ignore_index} "

@@ -129,7 +129,7 @@ class SeenOnly(Dataset[tuple[Tensor, Tensor]]):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         """Return the image, uint8 (3, H, W), and the labels of its seen classes, uint8 (H, W)."""
         image, label = self._dataset[index]
-        return image, self._lookup[label.long()]
+        return image, self._lookup.index_select(0, label.flatten().int()).view_as(label)
 
     def image_name(self, index: int) -> str:
         """Return the name of an image."""

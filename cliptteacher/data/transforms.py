@@ -5,29 +5,46 @@ Section 4.2 of arXiv:2310.02296v1 names the toolbox and its default schedule; in
     resize   keep the ratio, fit (long, short) = (2048, 512) times U(0.5, 2)
     crop     random window; drawn again, up to 10 times, while one class dominates it
     flip     left-right, p = 0.5
-    colours  brightness, contrast, saturation, hue, each p = 0.5 (image only)
+    colours  brightness, contrast, saturation, hue, each p = 0.5 (image only): colours.py
     pad      right and bottom, up to the crop: image with the mean colour, labels with 255
 
 Everything stays uint8: the networks normalise inside. Random numbers come from PyTorch's global
-CPU generator alone, so whoever seeds that generator owns the result. Cost: about 12 ms for a
-512-pixel crop of a 640 x 480 photograph on one core, JPEG decoding included; see
-benchmarks/augmentation.py.
+CPU generator alone, so whoever seeds that generator owns the result. The window is
+chosen before the image is resized, and only the window is: equal to resizing and then cropping, to
+the last bit. Cost: about 5 ms for a 512-pixel crop of a 640 x 480 photograph on one core, half of
+it the decoding of the files; see benchmarks/augmentation.py.
 
 Deviation: images shrink with antialiasing and label maps by the exact nearest pixel centre,
     where the toolbox aliases the one and shifts the other by up to half a pixel.
-Deviation: hue moves continuously, not in steps of two degrees.
 """
 
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+from .colours import coin, photometric_distortion, uniform
 from .splits import IGNORE_INDEX
+
+Limits = tuple[float, float]
 
 CROP_RETRIES = 10
 # round(255 * ImageNet mean): what the student's normalisation maps to 0.
 PADDING_COLOUR = (124, 116, 104)
+
+
+class Window(NamedTuple):
+    """A rectangle of pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
 
 
 def keep_ratio_size(height: int, width: int, scale: tuple[float, float]) -> tuple[int, int]:
@@ -64,36 +81,94 @@ def resize_keep_ratio(image: Tensor, scale: tuple[float, float] = (2048, 512)) -
     return resized
 
 
-def random_resize(
-    image: Tensor, label: Tensor, scale: tuple[float, float], ratio: tuple[float, float]
-) -> tuple[Tensor, Tensor]:
-    """Resize image and labels to fit into `scale` times a random number of the range `ratio`."""
-    factor = _uniform(*ratio)
-    limits = (scale[0] * factor, scale[1] * factor)
-    size = list(keep_ratio_size(image.shape[-2], image.shape[-1], limits))
-    image = F.resize(image, size, InterpolationMode.BILINEAR, antialias=True)
-    label = F.resize(label.unsqueeze(0), size, InterpolationMode.NEAREST_EXACT).squeeze(0)
-    return image, label
+def random_size(height: int, width: int, scale: Limits, ratio: Limits) -> tuple[int, int]:
+    """Draw the size to resize to: it fits into `scale` times a random number of `ratio`."""
+    factor = uniform(*ratio)
+    return keep_ratio_size(height, width, (scale[0] * factor, scale[1] * factor))
 
 
-def random_crop(
-    image: Tensor, label: Tensor, crop: int, max_class_share: float
-) -> tuple[Tensor, Tensor]:
-    """Cut the same random window from image and labels, avoiding windows of one class.
+def random_window(
+    label: Tensor, size: tuple[int, int], crop: int, max_class_share: float
+) -> tuple[Window, Tensor]:
+    """Choose the part of the resized pair that is kept, avoiding windows of one class.
 
     A window is drawn again, up to 10 times, while one class holds more than `max_class_share` of
     its labelled pixels; the last one stands. `label` must already hide the unseen classes.
 
     Assumption: a window without any labelled pixel is drawn again too, as the toolbox does.
+
+    Args:
+        label: (H, W) uint8.
+        size: height and width that the pair is resized to.
+        crop: side of the window; a smaller side is kept whole.
+        max_class_share: limit in 0..1; 1 accepts everything.
+
+    Returns:
+        The window in the resized pair, and the resized labels within it.
     """
-    height, width = label.shape
+    height, width = size
+    # Where one class has all labelled pixels, only the random numbers of the ten tries matter.
+    hopeless = int(count_classes(label).count_nonzero()) <= 1
     for _ in range(1 + CROP_RETRIES):
         top = _randint(max(height - crop, 0) + 1)
         left = _randint(max(width - crop, 0) + 1)
-        window = label[top : top + crop, left : left + crop]
-        if window.shape == label.shape or not is_dominated(window, max_class_share):
+        window = Window(top, left, min(crop, height), min(crop, width))
+        if window[2:] == size or max_class_share >= 1:
             break
-    return image[:, top : top + crop, left : left + crop], window
+        if not hopeless and not is_dominated(resize_label(label, size, window), max_class_share):
+            break
+    return window, resize_label(label, size, window)
+
+
+def resize_label(label: Tensor, size: tuple[int, int], window: Window) -> Tensor:
+    """Resize labels by the exact nearest pixel centre, within a window only.
+
+    Args:
+        label: (H, W) uint8.
+        size: height and width of the whole.
+        window: part of the whole that is wanted.
+
+    Returns:
+        (height, width) of the window, equal to resizing everything and cutting it out.
+    """
+    rows = _nearest(label.shape[0], size[0])[window.top : window.top + window.height]
+    columns = _nearest(label.shape[1], size[1])[window.left : window.left + window.width]
+    # NumPy's take() is several times as fast as indexing a tensor.
+    return torch.from_numpy(label.numpy().take(columns, axis=1).take(rows, axis=0))
+
+
+def resize_image(image: Tensor, size: tuple[int, int], window: Window) -> Tensor:
+    """Resize an image, bilinear and antialiased, within a window only.
+
+    PyTorch resizes bytes in two passes, along the rows and then along the columns, with bytes in
+    between. So do two calls; the first leaves out the rows that the window does not look at, the
+    second the columns outside of it. Nothing is moved by a fraction of a pixel.
+
+    Args:
+        image: (3, H, W) uint8; it is fastest if the colours of a pixel lie together in memory.
+        size: height and width of the whole.
+        window: part of the whole that is wanted.
+
+    Returns:
+        (3, height, width) of the window, equal to resizing everything and cutting it out.
+    """
+    pixels = image.permute(1, 2, 0)
+    height = pixels.shape[0]
+    shrink = height / size[0]
+    reach = max(shrink, 1) + 1  # rows that a row looks at, to either side; one to spare
+    first = max(0, int((window.top + 0.5) * shrink - reach))
+    last = min(height, int((window.top + window.height - 0.5) * shrink + reach) + 1)
+    wide = _interpolate(pixels[first:last], last - first, size[1])
+    columns = max(window.width, 2)  # PyTorch 2.14 resizes a single column wrongly
+    tall = torch.empty(height, columns, 3, dtype=torch.uint8)  # other rows: nobody looks at them
+    tall[first:last, : window.width] = wide[:, window.left : window.left + window.width]
+    tall = _interpolate(tall, size[0], columns)[window.top : window.top + window.height]
+    return tall[:, : window.width].permute(2, 0, 1)
+
+
+def count_classes(label: Tensor) -> Tensor:
+    """Count the pixels of each class: (H, W) uint8, 255 = ignore -> (255,) int64."""
+    return torch.bincount(label.flatten(), minlength=256)[:IGNORE_INDEX]
 
 
 def is_dominated(label: Tensor, max_class_share: float) -> bool:
@@ -105,92 +180,16 @@ def is_dominated(label: Tensor, max_class_share: float) -> bool:
     """
     if max_class_share >= 1:
         return False
-    counts = torch.bincount(label.flatten().int(), minlength=256)[:IGNORE_INDEX]
+    counts = count_classes(label)
     largest, labelled = int(counts.max()), int(counts.sum())
     return labelled == 0 or largest > max_class_share * labelled
 
 
 def random_flip(image: Tensor, label: Tensor, probability: float) -> tuple[Tensor, Tensor]:
     """Mirror image and labels left-right with the given probability."""
-    if _coin(probability):
+    if coin(probability):
         return image.flip(-1), label.flip(-1)
     return image, label
-
-
-def photometric_distortion(image: Tensor, strength: float = 1.0) -> Tensor:
-    """Change brightness, contrast, saturation and hue at random, each with probability 0.5.
-
-    Brightness adds U(-32, 32) of 255, contrast multiplies by U(0.5, 1.5), saturation is scaled by
-    U(0.5, 1.5) in HSV, hue turns by U(-18, 18) of 180. Contrast comes before or after saturation
-    and hue, by a fair coin. Every range is shrunk or widened about "no change" by `strength`.
-
-    Args:
-        image: (3, H, W) uint8.
-        strength: factor on the ranges, 0 (no change) to 2.
-
-    Returns:
-        (3, H, W) uint8.
-    """
-    # In place: at this size new memory costs as much as the arithmetic.
-    pixels = image.to(torch.float32, copy=True).div_(255)
-    contrast_first = _coin()
-    if _coin():
-        pixels.add_(strength * _uniform(-32, 32) / 255).clamp_(0, 1)
-    if contrast_first:
-        _random_contrast(pixels, strength)
-    if _coin():
-        pixels = scale_saturation(pixels, 1 + strength * _uniform(-0.5, 0.5))
-    if _coin():
-        pixels = turn_hue(pixels, strength * _uniform(-18, 18) / 180)
-    if not contrast_first:
-        _random_contrast(pixels, strength)
-    return pixels.mul_(255).round_().to(torch.uint8)
-
-
-def scale_saturation(pixels: Tensor, factor: float) -> Tensor:
-    """Multiply the HSV saturation by a factor, clipped at full saturation.
-
-    With value v = max(r, g, b) every channel is v - s f v, where f depends on the hue alone.
-    So scaling s means scaling the distance to v: no conversion to HSV and back is needed.
-
-    Args:
-        pixels: (3, H, W) float in [0, 1].
-        factor: at least 0; 0 turns every pixel into a grey of its own value.
-
-    Returns:
-        (3, H, W) float in [0, 1].
-    """
-    value, lowest = pixels.amax(0, keepdim=True), pixels.amin(0, keepdim=True)
-    chroma = (value - lowest).clamp_min_(1e-8)
-    full = torch.div(value, chroma, out=chroma)  # the factor at which s reaches 1
-    return (value - pixels).mul_(full.clamp_(max=factor)).neg_().add_(value).clamp_(0, 1)
-
-
-def turn_hue(pixels: Tensor, turn: float) -> Tensor:
-    """Turn the HSV hue by a share of the full circle, keeping value and saturation.
-
-    With v = max(r, g, b), c = v - min(r, g, b) and the hue h in sixths of the circle, a channel is
-    v - c clip(min(k, 4 - k), 0, 1) with k = (n + h) mod 6 and n = 5, 3, 1 for red, green, blue.
-
-    Args:
-        pixels: (3, H, W) float in [0, 1].
-        turn: share of the circle, any sign.
-
-    Returns:
-        (3, H, W) float in [0, 1].
-    """
-    red, green, blue = pixels
-    value, lowest = pixels.amax(0), pixels.amin(0)
-    chroma = value - lowest
-    scale = chroma.clamp_min(1e-8).reciprocal_()  # a grey has any hue
-    hue = torch.where(
-        value == green, (blue - red).mul_(scale).add_(2), (red - green).mul_(scale).add_(4)
-    )
-    hue = torch.where(value == red, (green - blue).mul_(scale), hue)
-    k = hue + (6 * turn + torch.tensor([5.0, 3.0, 1.0]).reshape(3, 1, 1))
-    k = k.sub_((k / 6).floor_().mul_(6))  # several times as fast as remainder()
-    k = torch.minimum(k, 4 - k).clamp_(0, 1)
-    return k.mul_(chroma).neg_().add_(value).clamp_(0, 1)
 
 
 def pad_to(image: Tensor, label: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -227,8 +226,9 @@ class TrainingTransform(nn.Module):
     def forward(self, image: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
         """Return the augmented image, uint8 (3, crop, crop), and labels, uint8 (crop, crop)."""
         _check_pair(image, label)
-        image, label = random_resize(image, label, self.scale, self.ratio)
-        image, label = random_crop(image, label, self.crop, self.max_class_share)
+        size = random_size(label.shape[0], label.shape[1], self.scale, self.ratio)
+        window, label = random_window(label, size, self.crop, self.max_class_share)
+        image = resize_image(image, size, window)
         image, label = random_flip(image, label, self.flip)
         if self.strength > 0:
             image = photometric_distortion(image, self.strength)
@@ -295,18 +295,21 @@ def _check_pair(image: Tensor, label: Tensor) -> None:
         )
 
 
-def _random_contrast(pixels: Tensor, strength: float) -> None:
-    if _coin():
-        pixels.mul_(1 + strength * _uniform(-0.5, 0.5)).clamp_(0, 1)
+def _interpolate(pixels: Tensor, height: int, width: int) -> Tensor:
+    """Resize bytes, bilinear and antialiased: (H, W, 3) -> (height, width, 3)."""
+    # A view with the strides of channels_last, or the fast path of PyTorch is missed.
+    batch = pixels.unsqueeze(0).permute(0, 3, 1, 2)
+    resized = nn.functional.interpolate(batch, (height, width), mode="bilinear", antialias=True)
+    return resized.permute(0, 2, 3, 1).squeeze(0)
 
 
-def _uniform(low: float, high: float) -> float:
-    return low + (high - low) * float(torch.rand(()))
+@lru_cache(maxsize=2)  # rows and columns: a window that is drawn again asks again
+def _nearest(pixels: int, resized: int) -> NDArray[np.int64]:
+    """Return which of so many pixels in a row is nearest to each one of the resized row."""
+    index = torch.arange(pixels, dtype=torch.float32)[None, None]
+    nearest = nn.functional.interpolate(index, resized, mode="nearest-exact")
+    return nearest[0, 0].numpy().astype(np.int64)
 
 
 def _randint(high: int) -> int:
     return int(torch.randint(high, ()))
-
-
-def _coin(probability: float = 0.5) -> bool:
-    return float(torch.rand(())) < probability
