@@ -24,7 +24,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .losses import info_nce
+from .losses import full_precision, info_nce
 
 Pooling = Literal["attention", "mean", "max"]
 
@@ -37,11 +37,11 @@ def attention_weights(features: Tensor, cls: Tensor) -> Tensor:
         cls: s (B, C); brought to unit length here.
 
     Returns:
-        W (B, h, w) float32, each map sums to 1.
+        W (B, h, w) in full precision (float32, or float64 for float64), each map sums to 1.
     """
     B, C, h, w = features.shape
-    query = F.normalize(cls.float(), dim=1).to(features.dtype)
-    scores = torch.einsum("bc,bchw->bhw", query, features).float() / C**0.5
+    query = F.normalize(full_precision(cls), dim=1).to(features.dtype)
+    scores = full_precision(torch.einsum("bc,bchw->bhw", query, features)) / C**0.5
     weights: Tensor = scores.flatten(1).softmax(dim=1)
     return weights.reshape(B, h, w)
 
@@ -55,7 +55,7 @@ def pool_features(features: Tensor, cls: Tensor, pooling: Pooling = "attention")
         pooling: "attention" is the paper's; "mean" and "max" are the variants of Table 4.
 
     Returns:
-        s_hat (B, C) float32
+        s_hat (B, C) in full precision
 
     Raises:
         ValueError: the shapes do not fit, or ``pooling`` is unknown.
@@ -66,12 +66,12 @@ def pool_features(features: Tensor, cls: Tensor, pooling: Pooling = "attention")
             f"{tuple(cls.shape)}; build the segmenter with channels=clip.embed_dim"
         )
     if pooling == "mean":
-        return features.float().mean(dim=(2, 3))
+        return full_precision(features).mean(dim=(2, 3))
     if pooling == "max":
-        return features.float().amax(dim=(2, 3))
+        return full_precision(features).amax(dim=(2, 3))
     if pooling == "attention":
         weights = attention_weights(features, cls).to(features.dtype)
-        return torch.einsum("bhw,bchw->bc", weights, features).float()
+        return full_precision(torch.einsum("bhw,bchw->bc", weights, features))
     raise ValueError(f'`pooling` must be "attention", "mean" or "max", got {pooling!r}')
 
 
@@ -134,7 +134,7 @@ class CLSBank:
 
     def insert(self, cls: Tensor) -> None:
         """Insert the CLS tokens of one iteration (B, C) and drop the oldest, if full."""
-        self._batches.appendleft(cls.detach().float())
+        self._batches.appendleft(full_precision(cls.detach()))
 
     def rows(self) -> Tensor:
         """All tokens (M, C), the newest iteration first."""

@@ -248,7 +248,7 @@ class _Masks(NamedTuple):
 
 def _prepare_masks(logits: Tensor, labels: Tensor, ignore_index: int) -> _Masks:
     _check_masks(logits, labels)
-    flat = _full_precision(logits).flatten(2)
+    flat = full_precision(logits).flatten(2)
     classes, labelled = _locate_labels(labels, ignore_index)
     own = flat.gather(1, classes.unsqueeze(1)).squeeze(1)
     pixels = _count_pixels(classes, labelled, logits.shape[1])
@@ -302,12 +302,13 @@ def _count_present(pixels: Tensor) -> Tensor:
     return (pixels > 0).sum().float()
 
 
-def _full_precision(values: Tensor) -> Tensor:
+def full_precision(values: Tensor) -> Tensor:
+    """Bring half precision to float32; float64 stays."""
     return values if values.dtype == torch.float64 else values.float()
 
 
 def _unit_rows(rows: Tensor) -> Tensor:
-    return F.normalize(_full_precision(rows), dim=1)
+    return F.normalize(full_precision(rows), dim=1)
 
 
 def _check_contrast(

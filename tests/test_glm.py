@@ -80,16 +80,46 @@ def test_pooling_equals_a_loop_over_positions(pooling: str) -> None:
     torch.testing.assert_close(pooled.double(), loop_pool(features, cls, pooling))
 
 
-@pytest.mark.parametrize("pooling", ["attention", "mean", "max"])
-def test_gradients_equal_those_of_the_loop(pooling: str) -> None:
-    # The module computes in float32 by design, too coarse for gradcheck; the float64 loop is not.
+POOLINGS = ("attention", "mean", "max")
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_gradcheck_of_the_pooling(pooling: str) -> None:
+    features, cls = (part.double() for part in random_step(1, h=2, w=3))
+    assert torch.autograd.gradcheck(
+        lambda x: pool_features(x, cls, pooling), features.requires_grad_()
+    )
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("iterations", [1, 3])
+def test_gradcheck_of_the_module_through_its_bank(pooling: str, iterations: int) -> None:
+    """The whole of Eq. (1)-(3) in float64, at the first step and when the bank has rows."""
+    history = [random_step(20 + i, h=2, w=3)[1].double() for i in range(iterations)]
+    features = random_step(30, h=2, w=3)[0].double().requires_grad_()
+
+    def loss(x: Tensor) -> Tensor:
+        module = GlobalLearningModule(pooling, bank_size=2)
+        for cls in history[:-1]:
+            module.bank.insert(cls)
+        return module(x, history[-1])
+
+    assert loss(features).dtype == torch.float64
+    expected = loop_info_nce(
+        loop_pool(features, history[-1], pooling), history[-1], others(history, 2)
+    )
+    torch.testing.assert_close(loss(features), expected, rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(loss, features)
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_gradients_in_float32_equal_those_of_the_loop(pooling: str) -> None:
     features, cls = random_step(1)
     ours = features.clone().requires_grad_()
     loop = features.clone().double().requires_grad_()
     weight = torch.randn(3, 6, generator=torch.Generator().manual_seed(2))
     (pool_features(ours, cls, pooling) * weight).sum().backward()
     (loop_pool(loop, cls, pooling) * weight).sum().backward()
-    assert torch.autograd.gradcheck(lambda x: loop_pool(x, cls, pooling), loop)
     torch.testing.assert_close(ours.grad.double(), loop.grad, rtol=1e-5, atol=1e-6)
 
 
@@ -101,6 +131,28 @@ def test_windows_come_image_by_image_and_row_by_row() -> None:
         b, row, column = number // 4, number // 2 % 2, number % 2
         assert torch.equal(window, maps[b, :, 3 * row : 3 * row + 3, 2 * column : 2 * column + 2])
     assert torch.equal(split_windows(maps, 1), maps)
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_a_bank_over_26_iterations_equals_the_loop_in_float64(pooling: str) -> None:
+    """Negatives at iterations 1, 2, 24 and 25, to the last digits, gradients too."""
+    module, history = GlobalLearningModule(pooling), []
+    for iteration in range(1, 27):
+        features, cls = (part.double() for part in random_step(200 + iteration, B=2, h=2, w=2))
+        history.append(cls)
+        ours, loop = features.clone().requires_grad_(), features.clone().requires_grad_()
+        loss = module(ours, cls)
+        assert len(module.bank.rows()) == 2 * min(iteration, 24)
+        if iteration not in (1, 2, 24, 25, 26):
+            continue
+        rows = others(history, 24)
+        assert [len(row) for row in rows] == [2 * min(iteration, 24) - 1] * 2
+        expected = loop_info_nce(loop_pool(loop, cls, pooling), cls, rows)
+        torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+        (found,) = torch.autograd.grad(loss, ours)
+        torch.testing.assert_close(
+            found, *torch.autograd.grad(expected, loop), rtol=1e-10, atol=1e-12
+        )
 
 
 def test_attention_weights_sum_to_one_and_prefer_similar_positions() -> None:

@@ -465,6 +465,26 @@ def test_gradients_equal_those_of_the_loop() -> None:
     torch.testing.assert_close(leaf.grad, literal.grad, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("scope", ["batch", "image"])
+@pytest.mark.parametrize("adapter", ["decoder", "mlp", "identity"])
+def test_gradcheck_of_the_module(adapter: str, scope: str) -> None:
+    """Prototypes, adapter, logits and both losses in float64, equal to the loop to the digits."""
+    torch.manual_seed(0)
+    module = PixelLearningModule(C, **SCENE, adapter=adapter, scope=scope).double()
+    batch = [part.double() if part.is_floating_point() else part for part in random_batch(13)]
+    features = batch[0][:, :, ::2, ::3].contiguous().requires_grad_()  # (B, C, 3, 2)
+
+    def losses(x: Tensor) -> tuple[Tensor, Tensor]:
+        seen_logits = torch.einsum("bchw,kc->bkhw", x, batch[5])
+        return tuple(module(x, seen_logits, *batch[2:]))
+
+    seen_logits = torch.einsum("bchw,kc->bkhw", features, batch[5])
+    expected = literal_losses(module, (features, seen_logits, *batch[2:]), scope, True)
+    for ours, loop in zip(losses(features), expected, strict=True):
+        torch.testing.assert_close(ours, loop, rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(losses, features)
+
+
 def test_the_scopes_differ() -> None:
     losses = []
     for scope in ("batch", "image"):
