@@ -9,6 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "cliptteacher"
 FILES = sorted(PACKAGE.rglob("*.py"))
+PROGRAMS = sorted((PACKAGE.parent / "examples").glob("*.py"))
 IDS = [str(path.relative_to(PACKAGE)) for path in FILES]
 
 # The rooms of level 0 know no other room; a room of a higher level may know those named here.
@@ -87,6 +88,16 @@ def test_imports_point_down(path: Path) -> None:
 def test_only_the_runtime_packages_are_imported(path: Path) -> None:
     packages, _ = imports_of(path)
     assert packages <= PACKAGES | set(sys.stdlib_module_names)
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.name)
+def test_programs_stand_above_everything(path: Path) -> None:
+    """Level 3: they know the package, the runtime packages and the files beside them."""
+    packages, _ = imports_of(path)
+    beside = {other.stem for other in PROGRAMS}
+    # What `export.py` writes is checked with the packages of the extra `export`, if they are there.
+    extra = {"onnx", "onnxruntime"} if path.name == "export.py" else set()
+    assert packages <= PACKAGES | set(sys.stdlib_module_names) | beside | extra
 
 
 @pytest.mark.parametrize("leaf", LEAVES)

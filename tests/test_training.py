@@ -185,6 +185,39 @@ def test_rate_and_decay_of_every_parameter_by_its_owner(name: str, multiplier: f
         assert rates[path] == pytest.approx((rate, decay)), path
 
 
+# The table of the toolbox's default schedule: a head ten times as fast, but for Swin with UPerNet.
+PAPER_STUDENTS = {
+    "coco_stuff_segformer_b4": 6e-4,
+    "ablation_full": 6e-4,
+    "coco_stuff_segnext_b": 6e-4,
+    "coco_stuff_swin_b": 6e-5,
+}
+
+
+@pytest.mark.parametrize("recipe", PAPER_STUDENTS)
+def test_rates_of_the_paper_s_students_come_from_their_recipes(recipe: str) -> None:
+    config, _ = resolve_config((TrainConfig, CLIPTeacherConfig), (get_recipe(recipe),))
+    with torch.device("meta"):
+        segmenter = build_segmenter(config.segmenter, 16)
+    groups = parameter_groups(
+        teach(segmenter),
+        config.learning_rate,
+        config.weight_decay,
+        head_multiplier=config.head_multiplier,
+    )
+    head = pytest.approx(PAPER_STUDENTS[recipe])
+    assert {group["name"]: (group["lr"], group["weight_decay"]) for group in groups} == {
+        "backbone": (6e-5, 0.01),
+        "backbone, no decay": (6e-5, 0.0),
+        "head": (head, 0.01),
+        "head, no decay": (head, 0.0),
+    }
+    factor = learning_rate_factor(
+        750, config.iterations, config.warmup, config.warmup_start, config.power
+    )
+    assert factor == pytest.approx(1e-6 + (1 - 1e-6) / 2)  # half-way up its 1,500 steps
+
+
 def test_the_auxiliary_head_learns_as_the_head_does() -> None:
     segmenter = build_segmenter("swin_nano", 16, auxiliary=True)
     config = CLIPTeacherConfig(adapter_heads=2, auxiliary_weight=0.4)
