@@ -81,6 +81,33 @@ def resize_keep_ratio(image: Tensor, scale: tuple[float, float] = (2048, 512)) -
     return resized
 
 
+def cut_to_patches(
+    image: Tensor, label: Tensor, patch: int, scale: tuple[int, int] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Make a pair that CLIP takes whole: fitted into `scale`, edges cut to a multiple of `patch`.
+
+    Args:
+        image: (3, H, W), uint8.
+        label: (H, W), uint8.
+        patch: pixels along one side of a patch of CLIP.
+        scale: limits of the long and of the short side in pixels; None keeps the size.
+
+    Returns:
+        Image and labels, cut by equal parts on both sides; no side is shorter than one patch.
+    """
+    if scale is not None:
+        size = keep_ratio_size(label.shape[0], label.shape[1], scale)
+        image, label = (
+            resize_keep_ratio(image, scale),
+            resize_label(label, size, Window(0, 0, *size)),
+        )
+    height, width = (max(side // patch, 1) * patch for side in label.shape)
+    image, label = pad_to(image, label, patch)
+    top, left = (label.shape[0] - height) // 2, (label.shape[1] - width) // 2
+    window = (slice(top, top + height), slice(left, left + width))
+    return image[(slice(None), *window)], label[window]
+
+
 def random_size(height: int, width: int, scale: Limits, ratio: Limits) -> tuple[int, int]:
     """Draw the size to resize to: it fits into `scale` times a random number of `ratio`."""
     factor = uniform(*ratio)
