@@ -12,6 +12,8 @@ truth, count for "strict" and boundaries only. Means over images, except where s
     purity      share of pixels whose group has their class as its majority
     strict      the same if all pixels without any label, in truth, were one more class
     pieces      groups that a class of an image is cut into: exp(entropy), 1 = one group
+    rivals      the same over a batch of training, where every group of every image is a class
+                of its own: with --potential-scope batch they compete for one hidden class
     mixed       share of pixels in groups where a second class holds over 5 % of the labelled pixels
     boundary    share of true boundary pixels with a boundary of groups within 2 px of 128
     ARI         adjusted Rand index, images with at least two hidden classes
@@ -113,7 +115,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--clip", help="name or path of the teacher; default: that of the recipe")
     add("--split", default="train")
     add("--scenes", type=int, default=384, help="the first so many images")
-    add("--batch-size", type=int, default=32)
+    add("--batch-size", type=int, default=16, help="that of training, for the rivals")
     add("--threads", type=int, default=1)
     add("--output", type=Path, required=True)
     return parser.parse_args(argv)
@@ -204,6 +206,7 @@ def measure(batches: Sequence[Batch], grouping: Grouping) -> dict[str, float | N
         size = (batch.seen.shape[1], batch.seen.shape[2])
         large = resize_nearest(groups, size)
         large = large.where(batch.seen == IGNORE_INDEX, -1)  # a seen pixel keeps its label
+        rows.append(rivals(large, batch.hidden))
         for b in range(len(large)):
             row = compare(large[b], batch.hidden[b], batch.seen[b] == IGNORE_INDEX)
             clusters = {} if alive is None else {"clusters": float(alive[b])}
@@ -286,14 +289,22 @@ def boundaries(labels: Tensor, free: Tensor) -> Tensor:
     return edges
 
 
+def rivals(groups: Tensor, hidden: Tensor) -> dict[str, float]:
+    """Count into how many groups of a whole batch (B, H, W) a hidden class is cut."""
+    first = (groups.max() + 1) * torch.arange(len(groups))
+    own = groups + first[:, None, None]
+    both = (groups >= 0) & (hidden >= 0)
+    return {"rivals": pieces(contingency(own[both], hidden[both]))} if both.any() else {}
+
+
 def summarise(rows: Sequence[Mapping[str, float]]) -> dict[str, float | None]:
     """Average over the images that define a measure; None where none does."""
     result: dict[str, float | None] = {}
     for name in COLUMNS:
         values = [row[name] for row in rows if name in row]
         result[name] = sum(values) / len(values) if values else None
-    hidden = sum(row["hidden"] for row in rows)
-    result["covered"] = sum(row["found"] for row in rows) / hidden if hidden else None
+    hidden = sum(row.get("hidden", 0) for row in rows)
+    result["covered"] = sum(row.get("found", 0) for row in rows) / hidden if hidden else None
     return result
 
 

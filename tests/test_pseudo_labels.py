@@ -112,6 +112,14 @@ def test_measures_are_averaged_over_the_images_that_have_them(quality: ModuleTyp
     assert result["purity"] == 0.75 and result["covered"] == 0.25
 
 
+def test_rivals_are_the_groups_of_a_class_in_all_images_together(quality: ModuleType) -> None:
+    groups = torch.tensor([[[0, 0, 1, 1]], [[0, 0, 0, 0]], [[-1, -1, 0, 0]]])
+    hidden = torch.tensor([[[5, 5, 5, 5]], [[7, 7, 7, 7]], [[5, 5, 5, 5]]])
+    # class 5: two groups in the first image, one in the third, two pixels each; class 7: one
+    assert quality.rivals(groups, hidden)["rivals"] == pytest.approx((3 + 1) / 2)
+    assert quality.rivals(groups, torch.full_like(hidden, -1)) == {}
+
+
 def test_readings_differ_from_the_base_in_one_field(quality: ModuleType) -> None:
     found = quality.groupings(CLIPTeacherConfig(), 16)
     assert next(iter(found)) == "base" and list(found)[-1] == "one group an image"
