@@ -1,22 +1,36 @@
-"""Checkpoints: written whole or not at all, read without running code.
+"""Checkpoints: written whole or not at all, checked when read, read without running code.
 
 A checkpoint is a dictionary of tensors and plain values, so ``torch.load(weights_only=True)``
-reads it. It goes to a temporary file, is flushed to the disk and renamed; a crash leaves the
-older files as they were. ``last.pt`` is a hard link to the newest.
+reads it. What may happen at any moment, and what is left then:
+
+    write to a temporary file, fsync     killed, disk full: the temporary file is rubbish
+    add its digest to SHA256SUMS         killed: a digest of a file that is not there yet
+    rename, fsync the folder             killed: before or after, nothing between
+    point last.pt (a hard link) to it    killed: last.pt is older than the newest numbered file
+    delete the oldest                    killed: one file too many until the next time
+
+A file whose bytes have none of the digests that SHA256SUMS holds for its name is damaged; whoever
+asks for the newest checkpoint of a run gets the one before it, with a warning. By hand:
+``sha256sum -c SHA256SUMS``.
 """
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import os
 import re
 import shutil
+import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import torch
 
 FORMAT = "cliptteacher-checkpoint-1"
+SUMS = "SHA256SUMS"
 _NAME = re.compile(r"step_(\d{8})\.pt")
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def save_checkpoint(content: dict[str, Any], folder: str | Path, keep: int = 2) -> Path:
@@ -24,25 +38,26 @@ def save_checkpoint(content: dict[str, Any], folder: str | Path, keep: int = 2) 
 
     Args:
         content: tensors and plain values; must hold ``step``.
-        folder: directory of the checkpoints; made if missing.
+        folder: directory of the checkpoints; made if missing. One process at a time writes there.
         keep: newest checkpoints that stay.
 
     Returns:
         The path of the new file.
+
+    Raises:
+        OSError: the file could not be written; the older checkpoints are as they were.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    for rubbish in folder.glob("*.tmp*"):  # of a process that was killed while writing
+        rubbish.unlink()
     path = folder / f"step_{content['step']:08d}.pt"
-    temporary = path.with_suffix(f".tmp{os.getpid()}")
     try:
-        with temporary.open("wb") as file:
-            torch.save({"format": FORMAT, **content}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        _write_whole({"format": FORMAT, **content}, path)
+    except (OSError, RuntimeError) as error:  # torch's writer turns one into the other
+        raise _explain(error, path) from error
     _point_last_to(path)
+    _flush_folder(folder)
     for old in list_checkpoints(folder)[:-keep]:
         old.unlink()
     return path
@@ -52,15 +67,22 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU.
 
     Args:
-        path: a file, or a run directory, whose ``checkpoints/last.pt`` is taken.
+        path: a file, or a run directory, whose newest undamaged checkpoint is taken.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is no checkpoint of this package.
+        ValueError: the file is damaged, or no checkpoint of this package.
     """
     path = Path(path)
     if path.is_dir():
-        path = path / "checkpoints" / "last.pt"
+        path = newest_checkpoint(path / "checkpoints") or path / "checkpoints" / "last.pt"
+    elif path.is_file() and not is_intact(path):
+        raise ValueError(f"{path} is damaged: {_other_digest(path)}; take an older one beside it")
+    return read_checkpoint(path)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read one file without comparing its digest; raises as ``load_checkpoint`` does."""
     if not path.is_file():
         raise FileNotFoundError(
             f"the checkpoint {path} does not exist; examples/train.py writes it to its --output"
@@ -77,9 +99,135 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     return content
 
 
+def newest_checkpoint(folder: str | Path) -> Path | None:
+    """Find the newest undamaged checkpoint of a folder; warns of each that it passes over.
+
+    Returns:
+        The path; None if the folder holds no checkpoint at all.
+
+    Raises:
+        ValueError: it holds some, and all of them are damaged.
+    """
+    folder = Path(folder)
+    found = list_checkpoints(folder)
+    if not found:
+        last = folder / "last.pt"  # a folder in which someone kept this file alone
+        return last if last.is_file() else None
+    for path in reversed(found):
+        if is_intact(path):
+            return path
+        warnings.warn(
+            f"the checkpoint {path} is damaged ({_other_digest(path)}); the one before it is used",
+            stacklevel=2,
+        )
+    raise ValueError(
+        f"all {len(found)} checkpoints in {folder} are damaged; start again with another --output"
+    )
+
+
 def list_checkpoints(folder: str | Path) -> list[Path]:
     """List the numbered checkpoints of a folder, oldest first."""
     return sorted(p for p in Path(folder).glob("step_*.pt") if _NAME.fullmatch(p.name))
+
+
+def is_intact(path: str | Path) -> bool:
+    """Whether a file's bytes are those that were written; true where no digest is known."""
+    path = Path(path)
+    known = {d for d, name in _read_sums(path.parent) if path.name in (name, "last.pt")}
+    return not known or file_digest(path) in known
+
+
+def file_digest(path: str | Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _other_digest(path: Path) -> str:
+    return f"{path.stat().st_size} bytes whose SHA-256 is not the one in {SUMS}"
+
+
+class _Hashed:
+    """A file for writing that hashes what it is given, so that nothing is read again."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.digest = file, hashlib.sha256()
+
+    def write(self, block: bytes) -> int:
+        self.digest.update(block)
+        return self.file.write(block)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _write_whole(content: dict[str, Any], path: Path) -> None:
+    """Write a checkpoint under another name, record its digest and rename it."""
+    temporary = path.with_suffix(f".tmp{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            hashed = _Hashed(file)
+            torch.save(content, cast(BinaryIO, hashed))
+            file.flush()
+            os.fsync(file.fileno())
+        _record(path.parent, path.name, hashed.digest.hexdigest())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _flush_folder(path.parent)
+
+
+def _record(folder: Path, name: str, digest: str) -> None:
+    """Add a digest to SHA256SUMS, before its file takes its name; drop those of deleted files.
+
+    A file that is written anew keeps its older digest as well: until the rename it is the older.
+    """
+    present = {path.name for path in folder.iterdir()}
+    kept = [(old, other) for old, other in _read_sums(folder) if other in present]
+    temporary = folder / f"{SUMS}.tmp{os.getpid()}"
+    with temporary.open("w") as file:
+        for line in dict.fromkeys([*kept, (digest, name)]):
+            file.write("  ".join(line) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(folder / SUMS)
+
+
+def _read_sums(folder: Path) -> list[tuple[str, str]]:
+    """Digests and names of SHA256SUMS; a line that is no such pair counts for nothing."""
+    file = folder / SUMS
+    text = file.read_text(errors="replace") if file.is_file() else ""
+    pairs = (line.split(maxsplit=1) for line in text.splitlines())
+    return [(pair[0], pair[1].lstrip("*")) for pair in pairs if len(pair) == 2]
+
+
+def _flush_folder(folder: Path) -> None:
+    """Bring a rename to the disk; some systems cannot open folders."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _explain(error: Exception, path: Path) -> Exception:
+    """Say in one sentence that the disk is full, if that is why writing failed."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__context__
+    if not isinstance(cause, OSError) or cause.errno not in _FULL:
+        return error
+    free = shutil.disk_usage(path.parent).free
+    return OSError(
+        cause.errno,
+        f"no room for the checkpoint {path} ({os.strerror(cause.errno)}; {free / 2**20:.0f} MiB "
+        "free); the older ones are intact: make room and start again with --resume",
+    )
 
 
 def _point_last_to(path: Path) -> None:

@@ -45,7 +45,12 @@ class TrainConfig:
     tensorboard: bool = False  # write TensorBoard events too; needs that package
     device: Literal["auto", "cpu", "cuda"] = "auto"
     workers: int = 0  # data loading processes per training process
-    precision: Literal["fp32", "bf16"] = "fp32"  # autocast of teacher and student
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # autocast of teacher and student
+    tf32: bool = False  # 19-bit matrix products on CUDA; False leaves PyTorch's defaults
+    compile: bool = False  # torch.compile of teacher and student
+    checkpoint_activations: bool = False  # the student's; less memory, a second forward pass
+    sync_batch_norm: bool = False  # one BatchNorm over all processes; CUDA only
+    accumulate: int = 1  # parts, one after another, of each process's share of the batch
     channels_last: bool = False  # memory layout of the student; faster convolutions
     # optimisation, Section 4.2: the default schedule of the toolbox
     learning_rate: float = 6e-5
@@ -55,6 +60,8 @@ class TrainConfig:
     warmup_start: float = 1e-6  # its first factor
     power: float = 1.0  # of the polynomial decay
     clip_gradient: float = 0.0  # largest gradient norm; 0 does not clip
+    ema_decay: float = 0.0  # of an average of the weights, evaluated in their place; 0: none
+    skip_nonfinite: int = 0  # steps with a loss or gradient not finite that may be skipped
     # augmentation
     resize: tuple[int, int] = (2048, 512)  # (long, short) sides that images are first fitted into
     ratio: tuple[float, float] = (0.5, 2.0)  # times this random factor
@@ -67,7 +74,7 @@ class TrainConfig:
     dry_run: bool = False  # print the resolved plan and stop
 
     def __post_init__(self) -> None:
-        for name in ("iterations", "batch_size", "crop", "log_interval", "keep_checkpoints"):
+        for name in ("iterations", "batch_size", "crop", "log_interval", "keep_checkpoints", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}")
         if self.data != "miniworld" and self.root is None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,64 @@ def mean_over_processes(values: Tensor) -> Tensor:
     values = values.clone()
     dist.all_reduce(values)
     return values / dist.get_world_size()
+
+
+def sum_over_processes(values: Tensor) -> Tensor:
+    """Add a tensor over all processes; the gradient of each is that of the sum of all losses.
+
+    DistributedDataParallel averages gradients, so a loss that is the mean over processes of what
+    each computes from the sum has the gradient of one process that holds everything.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return values
+    summed: Tensor = _Sum.apply(values)  # type: ignore[no-untyped-call]
+    return summed
+
+
+class _Sum(torch.autograd.Function):
+    """All-reduce in both directions."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        values = values.clone()
+        dist.all_reduce(values)
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        gradient = gradients[0].clone()
+        dist.all_reduce(gradient)
+        return gradient
+
+
+def from_main(value: Value) -> Value:
+    """Give every process what the main process holds."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+def share_buffers(module: nn.Module) -> None:
+    """Give every process the buffers of the main one.
+
+    Each process counts the statistics of BatchNorm on its own images; checkpoints hold those of
+    the main process, and so must the students that are evaluated.
+    """
+    if dist.is_initialized():
+        for buffer in module.buffers():
+            dist.broadcast(buffer, 0)
+
+
+def launch_id() -> str | None:
+    """Name what torchrun started; a restarted attempt has the name of the first one."""
+    return os.environ.get("TORCHELASTIC_RUN_ID")
+
+
+def was_restarted() -> bool:
+    """Whether torchrun started these processes again after a failure (``--max-restarts``)."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
 def gather_from_processes(value: Tensor, device: torch.device) -> list[Tensor]:
