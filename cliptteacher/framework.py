@@ -237,10 +237,13 @@ class CLIPTeacher(nn.Module):
             pair_count=mean_over_processes(pairs),
         )
 
-    @torch.no_grad()
     def encode(self, pixels: Tensor) -> ImageFeatures:
         """Ask the teacher for CLS tokens (B, C) and dense tokens (B, C, h, w), no gradient."""
-        return self.clip.encode_image(pixels)
+        with torch.inference_mode():
+            teacher = self.clip.encode_image(pixels)
+        # Autograd saves what enters a loss, and refuses tensors of that mode; a copy is none.
+        dense = teacher.dense.clone() if self.config.distill_weight > 0 else teacher.dense
+        return teacher._replace(cls=teacher.cls.clone(), dense=dense)
 
     def _tokens_to_cluster(self, teacher: ImageFeatures) -> Tensor:
         """The dense tokens (B, C', h, w) that the Pixel Learning Module groups."""

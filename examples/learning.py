@@ -37,7 +37,7 @@ class Learner:
         """Tensors and plain values; the student itself is stored beside them."""
         state = {
             "optimizer": self.optimizer.state_dict(),
-            "bank": self.model.glm.bank.state_dict(),
+            "bank": [module.bank.state_dict() for module in self.model.glm],
             "adapter": self.model.plm.adapter.state_dict(),
             "scaler": self.scaler.state_dict(),
             "skipped": self.guard.state_dict(),
@@ -57,7 +57,8 @@ class Learner:
         if self.average is not None:
             self.average.load_state_dict(student)
         self.model.plm.adapter.load_state_dict(state["adapter"])
-        self.model.glm.bank.load_state_dict(state["bank"], self.model.seen_text.device)
+        for module, bank in zip(self.model.glm, state["bank"], strict=True):
+            module.bank.load_state_dict(bank, self.model.seen_text.device)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state.get("scaler", {}))
         self.guard.load_state_dict(state.get("skipped", 0))
@@ -88,8 +89,15 @@ def prepare_learner(
     model: CLIPTeacher, optimizer: torch.optim.Optimizer, config: TrainConfig, process: Process
 ) -> Learner:
     """Join the model, its optimiser and what the options ask for."""
+    share = config.batch_size // process.world_size
+    if share % config.accumulate:
+        raise SystemExit(
+            f"error: `accumulate` must divide the {share} images that each process has of a "
+            f"batch, got {config.accumulate}"
+        )
     if config.accumulate > 1:  # the bank counts insertions, and every part is one
-        model.glm.bank = CLSBank(model.config.bank_size * config.accumulate)
+        for module in model.glm:
+            module.bank = CLSBank(model.config.bank_size * config.accumulate)
     if config.compile:  # in place: the names in checkpoints stay plain
         model.segmenter.compile()
         model.clip.visual.compile()
@@ -126,7 +134,9 @@ def train_step(
     statistics = remember_statistics(learner.model.segmenter) if config.skip_nonfinite else []
     optimizer.zero_grad(set_to_none=True)
     sums: dict[str, Tensor] = {}
-    for part, (some, their) in enumerate(zip(images.chunk(parts), labels.chunk(parts), strict=True)):
+    for part, (some, their) in enumerate(
+        zip(images.chunk(parts), labels.chunk(parts), strict=True)
+    ):
         with averaging_gradients(learner.wrapped, last=part == parts - 1):
             losses = forward(learner.wrapped, some, their, config)
             seed = learner.guard.seed(losses, 1 / parts)
@@ -161,7 +171,7 @@ def averaging_gradients(model: nn.Module, last: bool) -> AbstractContextManager[
 def norm_of_gradients(learner: Learner, config: TrainConfig) -> Tensor:
     """The norm of all gradients as they are before they are clipped."""
     learner.scaler.unscale_(learner.optimizer)
-    parameters = [p for group in learner.optimizer.param_groups for p in group["params"]]
+    parameters = list(learner.model.parameters())
     if config.clip_gradient > 0:
         return nn.utils.clip_grad_norm_(parameters, config.clip_gradient)
     return gradient_norm(parameters)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import json
 from typing import Any
 
+from learning import Learner
+from saving import Run
 from torch import Tensor
 
 from cliptteacher.data import open_dataset
@@ -13,25 +15,37 @@ from cliptteacher.evaluation import SCORES, evaluate, format_scores, scores_as_p
 from cliptteacher.framework import CLIPTeacher
 from cliptteacher.inference import Predictor
 from cliptteacher.training.config import TrainConfig
-from cliptteacher.training.distributed import Process
+from cliptteacher.training.distributed import from_main, share_buffers
 from cliptteacher.training.run import MetricsLog
 from cliptteacher.visualize import prediction_panel, write_png
 
 PANEL_IMAGES = 6
 
 
-def assess(
-    model: CLIPTeacher,
-    text: Tensor,
-    config: TrainConfig,
-    split: str,
-    process: Process,
-    output: Path,
-    step: int,
-) -> dict[str, Any]:
+def score(learner: Learner, run: Run, split: str, step: int, full: bool = False) -> dict[str, Any]:
+    """Evaluate what a checkpoint of this moment offers as the student; print and log it."""
+    share_buffers(learner.model.segmenter)
+    with learner.evaluating():
+        scores = assess(learner.model, run, split, step)
+    learner.wrapped.train()
+    report(scores, step, run.log, full)
+    return scores
+
+
+def was_scored(run: Run, split: str, step: int) -> bool:
+    """Whether the log holds these scores: a run may have been killed before it had them."""
+    found = False
+    if run.process.is_main:
+        rows = map(json.loads, (run.output / "metrics.jsonl").read_text().splitlines())
+        found = any((row["step"], row.get("split")) == (step, split) for row in rows)
+    return from_main(found)
+
+
+def assess(model: CLIPTeacher, run: Run, split: str, step: int) -> dict[str, Any]:
     """Evaluate the student on all classes, every process its share, and draw a panel."""
+    config, process, output = run.config, run.process, run.output
     dataset = open_dataset(config.data, config.root, split)
-    predictor = build_predictor(model, text, config, dataset)
+    predictor = build_predictor(model, run.text, config, dataset)
     shown: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def keep(index: int, image: Tensor, label: Tensor, prediction: Tensor) -> None:

@@ -13,15 +13,17 @@ metrics.jsonl, checkpoints/ and panels/.
 from __future__ import annotations
 
 import argparse
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from faults import leave, report_nonfinite
+from learning import prepare_learner, prepare_student, train_step
 from plan import dry_run, print_plan
-from saving import checkpoint_content, choose_output, resume
-from scoring import assess, report
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from saving import Run, choose_output, resume, save
+from scoring import score, was_scored
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from cliptteacher.clip import class_text_features, load_clip
@@ -34,7 +36,6 @@ from cliptteacher.data import (
 )
 from cliptteacher.framework import CLIPTeacher, CLIPTeacherConfig
 from cliptteacher.segmenters import build_segmenter
-from cliptteacher.training.checkpoint import save_checkpoint
 from cliptteacher.training.config import (
     TrainConfig,
     config_as_dict,
@@ -47,7 +48,9 @@ from cliptteacher.training.distributed import (
     start_process,
     stop_process,
 )
+from cliptteacher.training.interruption import StopSignal, ignore_signals
 from cliptteacher.training.optimizer import build_optimizer, parameter_groups, set_learning_rate
+from cliptteacher.training.prefetch import move_batches
 from cliptteacher.training.progress import Progress, format_time
 from cliptteacher.training.recipes import default_recipe, get_recipe
 from cliptteacher.training.run import (
@@ -115,8 +118,7 @@ def train(
         )
     except ValueError as error:
         raise SystemExit(f"error: {error}") from error
-    layout = torch.channels_last if config.channels_last else torch.contiguous_format
-    segmenter = segmenter.to(memory_format=layout)
+    segmenter = prepare_student(segmenter, config, process)
     model = CLIPTeacher(clip, segmenter, seen_set.class_names, method).to(process.device)
     groups = parameter_groups(
         model, config.learning_rate, config.weight_decay, config.head_multiplier
@@ -125,48 +127,56 @@ def train(
         seen = len(seen_set.class_names)
         classes = (seen, len(train_set.class_names) - seen)
         print_plan(recipe, config, groups, classes, len(train_set), process)
-    optimizer = build_optimizer(groups)
+    learner = prepare_learner(model, build_optimizer(groups), config, process)
 
     # Run directory, and where an earlier run stopped.
     output = choose_output(recipe, config, process)
-    start = resume(output, config, model, optimizer, process)
+    start = resume(output, learner, config, process)
     log = open_log(recipe, output, start, config, method, process)
 
-    # The loop. Evaluation and prediction, not training, need the words of all classes.
+    # Evaluation and prediction, not training, need the words of all classes.
     text = class_text_features(clip, train_set.class_names, method.templates)
+    run = Run(config, process, output, train_set, text, log)
+    if is_due(start, config) and not was_scored(run, config.eval_split, start):
+        score(learner, run, config.eval_split, start)
+
+    # The loop.
     schedule = (config.iterations, config.warmup, config.warmup_start, config.power)
-    wrapped = wrap(model, process).train()
     progress = Progress(config.iterations, start, config.batch_size, process.device, log)
     loader = build_loader(seen_set, config, process, start)
-    for step, (images, labels) in enumerate(progress.time_batches(loader), start):
-        set_learning_rate(optimizer, learning_rate_factor(step, *schedule))
-        images = images.to(process.device, non_blocking=True, memory_format=layout)
-        labels = labels.to(process.device, non_blocking=True)
-        progress.add(train_step(wrapped, optimizer, images, labels, config))
-        done = step + 1
-        if done % config.log_interval == 0 or done == config.iterations:
-            line = progress.report(done, optimizer.param_groups[0]["lr"])
-            if line is not None:
-                print(line, flush=True)
-        if done % config.checkpoint_interval == 0 or done == config.iterations:
-            with progress.paused():
-                content = checkpoint_content(
-                    done, model, optimizer, config, train_set, text, process
-                )
-                if process.is_main:
-                    save_checkpoint(content, output / "checkpoints", config.keep_checkpoints)
-        if config.eval_interval and done % config.eval_interval == 0 and done < config.iterations:
-            with progress.paused():
-                scores = assess(model, text, config, config.eval_split, process, output, done)
-                report(scores, done, log)
-            wrapped.train()
+    layout = torch.channels_last if config.channels_last else torch.contiguous_format
+    batches = move_batches(progress.time_batches(loader), process.device, layout)
+    with StopSignal() as signal:
+        for step, (images, labels) in enumerate(batches, start):
+            set_learning_rate(learner.optimizer, learning_rate_factor(step, *schedule))
+            progress.add(train_step(learner, images, labels, step, config))
+            done, stopping = step + 1, signal.agreed()
+            logging = done == config.iterations or done % config.log_interval == 0
+            saving = stopping or done == config.iterations or done % config.checkpoint_interval == 0
+            if logging or saving or learner.guard.immediate:
+                report_nonfinite(learner.guard.check(), loader.dataset, run)
+            if logging:
+                line = progress.report(done, learner.optimizer.param_groups[0]["lr"])
+                if line is not None:
+                    print(line, flush=True)
+            with progress.paused() if saving or is_due(done, config) else nullcontext():
+                if saving:
+                    save(done, learner, run)
+                if stopping:
+                    leave(done, run)
+                if is_due(done, config):
+                    score(learner, run, config.eval_split, done)
 
     # The result.
-    scores = assess(model, text, config, config.test_split, process, output, config.iterations)
     if process.is_main:
-        print(f"trained in {format_time(progress.seconds)}, everything is in {output}")
-    report(scores, config.iterations, log, full=True)
-    return scores
+        print(f"trained in {format_time(progress.seconds)}, everything is in {output}", flush=True)
+    return score(learner, run, config.test_split, config.iterations, full=True)
+
+
+def is_due(done: int, config: TrainConfig) -> bool:
+    """Whether the student is evaluated on the way, after so many iterations."""
+    every = config.eval_interval
+    return every > 0 and done > 0 and done % every == 0 and done < config.iterations
 
 
 def open_log(
@@ -183,14 +193,6 @@ def open_log(
         return None
     record_start({"recipe": recipe, **config_as_dict(config, method)}, environment, output, start)
     return MetricsLog(output / "metrics.jsonl", start, tensorboard=config.tensorboard)
-
-
-def wrap(model: CLIPTeacher, process: Process) -> nn.Module:
-    """Average gradients over processes, if there are several."""
-    if process.world_size == 1:
-        return model
-    devices = [process.local_rank] if process.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
 
 
 def build_loader(
@@ -214,28 +216,11 @@ def build_loader(
         num_workers=config.workers,
         pin_memory=process.device.type == "cuda",
         persistent_workers=config.workers > 0,
+        worker_init_fn=ignore_signals,
         # The loader draws a seed when it starts; drawn from the global generator it would shift
         # the dropout of a resumed run.
         generator=torch.Generator(),
     )
-
-
-def train_step(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    images: Tensor,
-    labels: Tensor,
-    config: TrainConfig,
-) -> dict[str, Tensor]:
-    """Update the student once; returns the losses, detached and still on the device."""
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-        losses = model(images, labels)
-    optimizer.zero_grad(set_to_none=True)
-    losses["total"].backward()
-    if config.clip_gradient > 0:
-        nn.utils.clip_grad_norm_(model.parameters(), config.clip_gradient)
-    optimizer.step()
-    return {name: value.detach() for name, value in losses.items()}
 
 
 if __name__ == "__main__":

@@ -135,7 +135,22 @@ def test_a_value_of_the_wrong_type(layer: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["iterations", "batch_size", "crop", "log_interval", "keep_checkpoints"]
+    ("field", "value", "message"),
+    [
+        ("keep_checkpoints", 1, "`keep_checkpoints` must be at least 2, got 1; the newest may"),
+        ("ema_decay", 1.0, r"`ema_decay` must lie in \[0, 1\).*got 1.0 and 0"),
+        ("ema_decay", -0.1, r"`ema_decay` must lie in \[0, 1\)"),
+        ("skip_nonfinite", -1, r"`skip_nonfinite` be at least 0, got 0.0 and -1"),
+    ],
+)
+def test_values_out_of_range(field: str, value: float, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**{field: value})
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["iterations", "batch_size", "crop", "log_interval", "checkpoint_interval", "accumulate"],
 )
 def test_counts_below_one(name: str) -> None:
     with pytest.raises(ValueError, match=f"`{name}` must be at least 1, got 0"):

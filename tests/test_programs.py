@@ -157,7 +157,7 @@ def test_a_run_leaves_its_files(space: Path, trained: tuple[Path, str]) -> None:
     environment = json.loads((run / "environment.json").read_text())
     assert environment["torch"] == torch.__version__ and "train.py" in environment["command"]
     files = sorted(file.name for file in (run / "checkpoints").iterdir())
-    assert files == ["last.pt", "step_00000002.pt", "step_00000004.pt"]
+    assert files == ["SHA256SUMS", "last.pt", "step_00000002.pt", "step_00000004.pt"]
     assert (run / "checkpoints" / "last.pt").samefile(run / "checkpoints" / "step_00000004.pt")
     panels = sorted(file.name for file in (run / "panels").iterdir())
     assert panels == ["val_00000002.png", "val_00000004.png"]

@@ -320,16 +320,16 @@ def test_the_newest_stay_and_last_is_the_newest(tmp_path: Path) -> None:
     for step in (10, 20, 30, 40):
         save_checkpoint(content(step), tmp_path, keep=2)
         assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == step
-    assert names(tmp_path) == ["last.pt", "step_00000030.pt", "step_00000040.pt"]
-    assert [path.name for path in list_checkpoints(tmp_path)] == names(tmp_path)[1:]
+    assert names(tmp_path) == ["SHA256SUMS", "last.pt", "step_00000030.pt", "step_00000040.pt"]
+    assert [path.name for path in list_checkpoints(tmp_path)] == names(tmp_path)[2:]
 
 
 def test_the_same_step_again_replaces_it(tmp_path: Path) -> None:
     save_checkpoint(content(5), tmp_path)
     second = {**content(5), "segmenter": {"w": torch.zeros(1)}}
     save_checkpoint(second, tmp_path)
-    assert names(tmp_path) == ["last.pt", "step_00000005.pt"]
-    for name in names(tmp_path):
+    assert names(tmp_path) == ["SHA256SUMS", "last.pt", "step_00000005.pt"]
+    for name in names(tmp_path)[1:]:
         assert torch.load(tmp_path / name, weights_only=True)["segmenter"]["w"].numel() == 1
 
 
@@ -342,7 +342,7 @@ def test_last_is_a_copy_where_links_do_not_exist(
     monkeypatch.setattr(os, "link", refuse)
     path = save_checkpoint(content(3), tmp_path)
     assert (tmp_path / "last.pt").read_bytes() == path.read_bytes()
-    assert names(tmp_path) == ["last.pt", "step_00000003.pt"]
+    assert names(tmp_path) == ["SHA256SUMS", "last.pt", "step_00000003.pt"]
 
 
 def test_a_failure_while_writing_leaves_the_old_files(

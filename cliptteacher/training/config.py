@@ -74,9 +74,20 @@ class TrainConfig:
     dry_run: bool = False  # print the resolved plan and stop
 
     def __post_init__(self) -> None:
-        for name in ("iterations", "batch_size", "crop", "log_interval", "keep_checkpoints", "accumulate"):
+        positive = ("iterations", "batch_size", "crop", "log_interval", "checkpoint_interval")
+        for name in (*positive, "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}")
+        if self.keep_checkpoints < 2:
+            raise ValueError(
+                f"`keep_checkpoints` must be at least 2, got {self.keep_checkpoints}; the newest "
+                "may turn out damaged"
+            )
+        if not 0 <= self.ema_decay < 1 or self.skip_nonfinite < 0:
+            raise ValueError(
+                f"`ema_decay` must lie in [0, 1) and `skip_nonfinite` be at least 0, got "
+                f"{self.ema_decay} and {self.skip_nonfinite}"
+            )
         if self.data != "miniworld" and self.root is None:
             raise ValueError(
                 f"`root` must name the folder of the data set for data={self.data}, got none"

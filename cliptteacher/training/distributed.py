@@ -85,7 +85,7 @@ def sum_over_processes(values: Tensor) -> Tensor:
     """
     if not (dist.is_available() and dist.is_initialized()):
         return values
-    summed: Tensor = _Sum.apply(values)  # type: ignore[no-untyped-call]
+    summed: Tensor = _Sum.apply(values)
     return summed
 
 

@@ -45,12 +45,13 @@ class StopSignal:
         """Whether all processes stop here; the same answer on each of them."""
         if self._group is None:
             return self.received
-        stop = self._finish()
+        if self._finish():
+            return True
         self._flag = torch.tensor([self.received], dtype=torch.uint8)
         self._work = dist.all_reduce(
             self._flag, dist.ReduceOp.MAX, group=self._group, async_op=True
         )
-        return stop
+        return False
 
     def __exit__(
         self,
