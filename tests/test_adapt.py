@@ -307,3 +307,15 @@ def test_wrong_arguments() -> None:
 def test_image_size_is_the_one_of_the_dry_run() -> None:
     model = adapt_segmenter(nn.Conv2d(3, 8, 65), channels=4, image_size=96)
     assert model(torch.rand(1, 3, 80, 70)).shape == (1, 4, 16, 6)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 9), (9, 2)])
+def test_an_image_smaller_than_a_feature_is_padded_with_mean_colour(size: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    model = adapt_segmenter(nn.Conv2d(3, 8, 4, stride=4), channels=5)
+    H, W = size
+    images = model.mean.expand(1, 3, max(H, 4), max(W, 4)).clone()
+    images[:, :, :H, :W] = torch.rand(1, 3, H, W)
+    features = model(images[:, :, :H, :W])
+    assert features.shape == (1, 5, max(1, H // 4), max(1, W // 4))
+    torch.testing.assert_close(features, model(images))

@@ -280,12 +280,17 @@ def test_the_table_counts_attention_too(table: ModuleType) -> None:
     assert 1e9 * table.count_multiply_adds(model, 1, 16, 16, 32) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("clock", [(), ("--cpu-time",)])
 def test_the_table_is_printed_with_times_where_asked(
-    table: ModuleType, capsys: pytest.CaptureFixture[str]
+    table: ModuleType, capsys: pytest.CaptureFixture[str], clock: tuple[str, ...]
 ) -> None:
-    table.main(["--students", "segnext_nano", "--time", "--size", "32", "--repetitions", "1"])
+    size = ("--size", "32", "--repetitions", "1")
+    table.main(["--students", "segnext_nano", "--time", *size, *clock])
     head, _, row, last = capsys.readouterr().out.splitlines()
-    (figures,) = json.loads(last)["rows"]
+    printed = json.loads(last)
+    (figures,) = printed["rows"]
+    assert printed["options"]["threads"] == torch.get_num_threads()
+    assert printed["options"]["cpu_time"] == bool(clock)
     assert [cell.strip() for cell in head.strip("|").split("|")] == list(figures)
     assert row == f"| {' | '.join(map(str, figures.values()))} |"
     model = build_segmenter("segnext_nano", 512)
