@@ -75,7 +75,8 @@ def main(argv: list[str] | None = None, benchmarks: Mapping[str, Benchmark] = BE
         return 1
     sizes = ", ".join(f"{count:,} images in {split}" for split, count in benchmark.counts.items())
     print(f"\n{args.root} is complete: {sizes}")
-    print(f"next: examples/train.py --recipe paper --data {benchmark.name} --root {args.root}")
+    recipe = f"{args.kind.replace('-', '_')}_segformer_b4"
+    print(f"next: examples/train.py --recipe {recipe} --root {args.root} --dry-run")
     return 0
 
 

@@ -172,7 +172,7 @@ def publish(kind: str, source: Path, folder: Path) -> Benchmark:
             pack(source, file, archive.inside, source / archive.yields)
         md5 = hashlib.md5(file.read_bytes()).hexdigest() if archive.md5 else None
         urls = (f"http://127.0.0.1:9/{archive.file}",)  # nobody answers on this port
-        archives.append(replace(archive, urls=urls, md5=md5, megabytes=1, unpacked=1))
+        archives.append(replace(archive, urls=urls, md5=md5, megabytes=0, unpacked=1))
     return replace(KINDS[kind], archives=tuple(archives), counts=COUNTS[kind], label_megabytes=1)
 
 

@@ -77,6 +77,38 @@ def test_the_next_address_is_tried(server: trees.Server, tmp_path: Path) -> None
         download(urls[:1], tmp_path / "b.bin", wait=60)
 
 
+@pytest.mark.parametrize("megabytes", [1, 0])
+def test_a_page_in_place_of_the_file_is_passed_over(
+    server: trees.Server, tmp_path: Path, megabytes: int
+) -> None:
+    """A mirror may answer every address with a short page and the status of success."""
+    (server.folder / "page.html").write_bytes(b"please log in")
+    (server.folder / "whole.bin").write_bytes(bytes(1_200_000))
+    urls = [f"{server.address}/{name}" for name in ("page.html", "whole.bin")]
+    path = download(urls, tmp_path / "x.bin", megabytes=megabytes, wait=60)
+    assert path.stat().st_size == (1_200_000 if megabytes else 13)
+    assert len(server.asked) == (2 if megabytes else 1)
+    with pytest.raises(ConnectionError, match=r"13 bytes are offered, about 1 MB are published"):
+        download(urls[:1], tmp_path / "y.bin", megabytes=1, wait=60)
+    assert not list(tmp_path.glob("y.bin*"))
+    with pytest.raises(ConnectionError, match=r"300000 bytes .* about 700 MB"):
+        download([f"{server.address}/a.bin"], tmp_path / "z.bin", megabytes=700, wait=60)
+
+
+def test_what_fails_is_tried_again_later_each_time(
+    server: trees.Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr("time.sleep", waits.append)
+    server.break_after = [1, 1, 1]
+    download([f"{server.address}/a.bin"], tmp_path / "a.bin", attempts=4, wait=3)
+    assert waits == [3, 6, 12]
+    nobody = "http://127.0.0.1:9/b.bin"
+    with pytest.raises(ConnectionError, match=r"b\.bin must be downloaded.*127\.0\.0\.1:9"):
+        download([nobody, nobody], tmp_path / "b.bin", attempts=2, wait=1)
+    assert waits[3:] == [1, 1]
+
+
 def test_a_wrong_checksum_is_discarded(server: trees.Server, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"must have the MD5 0+, got .* was discarded"):
         download([f"{server.address}/a.bin"], tmp_path / "a.bin", md5="0" * 32)

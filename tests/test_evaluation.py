@@ -5,12 +5,14 @@ import math
 from pathlib import Path
 from typing import Any
 
+import benchmark_trees as trees
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
+from cliptteacher.data import open_dataset, prepare_benchmark
 from cliptteacher.evaluation import evaluate, format_scores, scores_as_percent
 from cliptteacher.inference import Predictor
 from cliptteacher.metrics import SegmentationMetrics
@@ -149,14 +151,14 @@ def test_progress_counts_the_images_of_the_rank() -> None:
     assert calls == [(2, 4), (3, 4), (4, 4)]  # images 0 2 | 4 | 6
 
 
-def sliding(**settings: Any) -> Predictor:
-    """A tiny student (a patch of two pixels, four channels) under text features of four classes."""
+def sliding(num_classes: int = 4, **settings: Any) -> Predictor:
+    """A tiny student (a patch of two pixels, four channels) under random text features."""
     generator = torch.Generator().manual_seed(0)
     student = torch.nn.Conv2d(3, 4, 2, stride=2)
     with torch.no_grad():
         student.weight.copy_(torch.randn(student.weight.shape, generator=generator))
         student.bias.copy_(-student.weight.sum((1, 2, 3)) / 2)  # type: ignore[union-attr]
-    text = torch.randn(4, 4, generator=generator)
+    text = torch.randn(num_classes, 4, generator=generator)
     return Predictor(student, text, unseen=[2], gamma=0.1, **settings)
 
 
@@ -170,42 +172,59 @@ class Colours(Scenes):
         return torch.randint(256, size, generator=generator, dtype=torch.uint8), label
 
 
+SPLITS = ("train", "val")
 WAYS = {"whole": {}, "slide": {"mode": "slide", "window": 6, "stride": 5, "resize": (12, 8)}}
 
 
-def _rank_process(rank: int, world_size: int, folder: str) -> None:
-    meet = f"file://{folder}/meet"
-    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=world_size)
-    seen: list[int] = []
-    results = {}
-    for name, settings in WAYS.items():
-        results[name] = dict(
-            evaluate(
-                sliding(**settings),
-                Colours(),
-                rank=rank,
-                world_size=world_size,
-                on_sample=lambda index, *_: seen.append(index),
-            )
+def data_sets(root: Path) -> dict[str, Any]:
+    """Seven images of mixed sizes, and both splits of the miniature of VOC."""
+    return {"mixed": Colours(), **{name: open_dataset("voc", root, name) for name in SPLITS}}
+
+
+def scores_of_everything(root: Path, **sharing: Any) -> dict[str, dict[str, Any]]:
+    return {
+        f"{name} {way}": dict(evaluate(sliding(len(data.class_names), **settings), data, **sharing))
+        for name, data in data_sets(root).items()
+        for way, settings in WAYS.items()
+    }
+
+
+def _rank_process(rank: int, folder: str) -> None:
+    """Be one of three processes, then one of two, if there is a place."""
+    for world_size in (3, 2):
+        if rank >= world_size:
+            return
+        meet = f"file://{folder}/meet{world_size}"
+        dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=world_size)
+        seen: list[int] = []
+        results = scores_of_everything(
+            Path(folder),
+            rank=rank,
+            world_size=world_size,
+            on_sample=lambda index, *_, seen=seen: seen.append(index),
         )
-    torch.save({"seen": seen, **results}, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+        torch.save({"seen": seen, **results}, f"{folder}/{rank}of{world_size}.pt")
+        dist.destroy_process_group()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_several_processes_equal_one(tmp_path: Path, world_size: int) -> None:
-    """Whole images and sliding windows; seven images, so the shares differ in size."""
-    mp.spawn(_rank_process, args=(world_size, str(tmp_path)), nprocs=world_size)  # type: ignore[no-untyped-call]
-    expected = {name: dict(evaluate(sliding(**way), Colours())) for name, way in WAYS.items()}
-    assert not same(expected["whole"], expected["slide"])
-    assert 0 < expected["slide"]["pAcc"] < 1  # type: ignore[operator]
-    loaded = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(world_size)]
-    seen = [index for result in loaded for index in result["seen"]]
-    assert sorted(seen) == sorted([*range(7)] * len(WAYS))
-    for result in loaded:
-        for name in WAYS:
-            assert same(result[name], expected[name])
+def test_several_processes_equal_one(tmp_path: Path) -> None:
+    """Whole images and sliding windows; shares differ in size, and one of three has no image."""
+    prepare_benchmark(trees.publish("voc", tmp_path, tmp_path / "archives"), tmp_path)
+    expected = scores_of_everything(tmp_path)
+    for name, data in data_sets(tmp_path).items():
+        assert not same(expected[f"{name} whole"], expected[f"{name} slide"])
+        assert 0 < expected[f"{name} slide"]["pAcc"] < 1
+        assert len(data) == {"mixed": 7, "train": 6, "val": 2}[name]
+    mp.spawn(_rank_process, args=(str(tmp_path),), nprocs=3)  # type: ignore[no-untyped-call]
+    for world_size in (3, 2):
+        files = [tmp_path / f"{rank}of{world_size}.pt" for rank in range(world_size)]
+        loaded = [torch.load(file, weights_only=True) for file in files]
+        seen = [index for result in loaded for index in result["seen"]]
+        assert sorted(seen) == sorted([*range(7), *range(6), *range(2)] * len(WAYS))
+        for result in loaded:
+            for name, scores in expected.items():
+                assert same(result[name], scores)
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -10,15 +10,20 @@ from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import benchmark_trees as trees
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from cliptteacher.data import FolderDataset, check_folder, open_dataset, prepare_benchmark
 from cliptteacher.data.check import check_benchmark
 from cliptteacher.data.parallel import parallel_map
+from cliptteacher.evaluation import scores_as_percent
+from cliptteacher.metrics import SegmentationMetrics
+from cliptteacher.training.recipes import get_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -44,8 +49,13 @@ def stamps(root: Path) -> dict[Path, int]:
 
 @pytest.mark.parametrize("kind", list(trees.KINDS))
 def test_from_archive_to_data_set_and_again(
-    main: Callable[..., int], tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+    main: Callable[..., int],
+    tmp_path: Path,
+    kind: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("time.sleep", lambda _: None)
     benchmark = trees.publish(kind, tmp_path / "source", tmp_path / "archives")
     root, given = tmp_path / "root", {kind: benchmark}
     options = [kind, "--root", str(root), "--workers", "1"]
@@ -58,7 +68,9 @@ def test_from_archive_to_data_set_and_again(
         server.break_after = [20]  # the first transfer breaks and is resumed
         assert main([*options, "--mirror", server.address], benchmarks=given) == 0
         assert "bytes=20-" in {wanted for _, wanted in server.asked}
-    assert f"--recipe paper --data {benchmark.name} --root {root}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    (recipe,) = re.findall(rf"next: .*--recipe (\w+) --root {root} --dry-run", printed)
+    assert get_recipe(recipe)["data"] == benchmark.name
     assert main([*options, "--check"], benchmarks=given) == 0
     sizes = {split: len(FolderDataset(root, split)) for split in ("train", "val")}
     assert sizes == trees.COUNTS[kind]
@@ -109,6 +121,7 @@ def test_a_conversion_that_was_interrupted_goes_on(tmp_path: Path) -> None:
         prepare_benchmark(benchmark, tmp_path, progress=interrupt)
     before = stamps(tmp_path)
     assert len(before) == 3 and not (tmp_path / "dataset.json").exists()
+    (tmp_path / "labels" / ".2010_000002.99").write_bytes(b"half")  # by a process that was killed
     prepare_benchmark(benchmark, tmp_path, progress=lambda *told: asked.append(told[2]))
     assert asked == [8] * 3 + [5] * 5
     after = stamps(tmp_path)
@@ -305,6 +318,10 @@ def test_no_folder_at_all(tmp_path: Path, main: Callable[..., int]) -> None:
 # from an archive to a table
 
 
+TINY = """--clip miniworld --segmenter fpn_small --batch-size 2 --crop 32 --resize 64 32
+    --kmeans-iterations 2 --log-interval 1 --device cpu --output run"""
+
+
 @pytest.mark.slow
 def test_a_miniature_voc_run(
     main: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -312,21 +329,66 @@ def test_a_miniature_voc_run(
     """Archives, data set, training with the bundled CLIP, and the table of every class."""
     monkeypatch.chdir(tmp_path)
     assert run(main, tmp_path, "voc")[0] == 0
-    options = """--recipe paper --data voc --root root --clip miniworld --segmenter fpn_small
-        --iterations 3 --batch-size 2 --crop 32 --resize 64 32 --warmup 1 --eval-interval 3
-        --log-interval 1 --kmeans-iterations 2 --checkpoint-interval 3 --device cpu --output run"""
-    start("train.py", *options.split())
+    options = "--recipe paper --data voc --root root --iterations 3 --warmup 1 --eval-interval 3"
+    start("train.py", *options.split(), *TINY.split(), "--checkpoint-interval", "3")
     options = "--checkpoint run --root root --json scores.json --save-dir predictions"
     printed = start("evaluate.py", *options.split())
-    assert "pAcc" in printed.splitlines()[-2]
     summary = json.loads((tmp_path / "scores.json").read_text())
-    assert list(summary["scores"]["IoU"]) == list(trees.VOC.class_names)
-    for name in trees.VOC.class_names:
-        assert name in printed
     assert summary["unseen"] == list(trees.VOC.unseen)
-    for name in trees.VOC_VAL:
-        with Image.open(tmp_path / "predictions" / f"{name}.png") as file:
-            assert file.size == trees.SIZE[::-1]
+    check_table(printed, summary["scores"])
+    check_pictures(tmp_path / "predictions", tmp_path / "root", summary["scores"])
+
+
+def check_table(printed: str, scores: dict[str, Any]) -> None:
+    """Every class with its group, best first, those without a pixel last; then the four scores."""
+    rows = re.findall(r"^  (\w+) +(seen|unseen) +([\d.]+|-)$", printed, re.MULTILINE)
+    groups = {name: group == "unseen" for name, group, _ in rows}
+    assert groups == {name: name in trees.VOC.unseen for name in trees.VOC.class_names}
+    cells = {k: "-" if value is None else f"{value:.1f}" for k, value in scores["IoU"].items()}
+    assert {name: cell for name, _, cell in rows} == cells
+    order = [-1.0 if cell == "-" else float(cell) for _, _, cell in rows]
+    assert order == sorted(order, reverse=True) and -1.0 in order
+    head, line = (text.split() for text in printed.splitlines()[-2:])
+    assert head == ["pAcc", "mIoU(S)", "mIoU(U)", "hIoU"]
+    assert line == [f"{scores[name]:.1f}" for name in head]
+
+
+def check_pictures(folder: Path, root: Path, scores: dict[str, Any]) -> None:
+    """The index PNGs, scored against the labels, give the scores; the overlays are pictures."""
+    dataset = open_dataset("voc", root, "val")
+    metrics = SegmentationMetrics(20, unseen=dataset.unseen)
+    for index, name in enumerate(trees.VOC_VAL):
+        image, label = dataset[index]
+        with Image.open(folder / f"{name}.png") as file:
+            assert file.mode == "L"
+            metrics.update(torch.from_numpy(np.array(file)), label)
+        with Image.open(folder / f"{name}_overlay.png") as file:
+            assert file.mode == "RGB" and file.height >= image.shape[1]
+            assert np.ptp(np.array(file)) > 0
+    assert scores_as_percent(metrics.compute(), dataset.class_names) == scores
+    assert len(list(folder.iterdir())) == 2 * len(trees.VOC_VAL)
+
+
+@pytest.mark.slow
+def test_a_student_of_coco_is_scored_on_the_other_two(
+    main: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Table 2 in miniature: other words, read by the CLIP; unseen is what training never named."""
+    monkeypatch.chdir(tmp_path)
+    for kind in trees.KINDS:
+        prepare_benchmark(trees.publish(kind, tmp_path / kind, tmp_path / "archives"), kind)
+    train, evaluate = (importlib.import_module(name) for name in ("train", "evaluate"))
+    options = "--recipe paper --data coco_stuff --root coco-stuff --iterations 1 --eval-interval 0"
+    train.main([*options.split(), *TINY.split(), "--templates", "single"])
+    for kind, unseen in (("voc", 7), ("context", 17)):
+        name = trees.KINDS[kind].name
+        options = (
+            f"--checkpoint run --data {name} --root {kind} --clip miniworld --json {kind}.json"
+        )
+        evaluate.main(options.split())
+        summary = json.loads((tmp_path / f"{kind}.json").read_text())
+        assert list(summary["scores"]["IoU"]) == list(trees.KINDS[kind].class_names)
+        assert len(summary["unseen"]) == unseen
 
 
 def start(program: str, *options: str) -> str:

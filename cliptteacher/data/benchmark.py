@@ -37,7 +37,7 @@ class Archive:
         yields: path below the root that it becomes: a folder, or the file itself if `inside` is
             None.
         inside: folder within the archive that is wanted, None if it is no archive.
-        megabytes: about how large the file is.
+        megabytes: about how large the file is, 0 if that is not known.
         unpacked: about how many megabytes it becomes.
         md5: checksum, where one is published.
     """

@@ -55,9 +55,9 @@ def check_folder(root: str | Path, *, workers: int = 1, progress: Progress | Non
             )
     incomplete = _compare_files(root, names, report)
     _compare_splits(names, report)
-    for split in sorted(names):
-        report.counts[split] = len(names[split])
-        _read_split(root, split, report, incomplete, workers, progress)
+    report.counts = {split: len(names[split]) for split in sorted(names)}
+    datasets = _open_splits(root, report, incomplete)
+    _read_pairs(root, datasets, report, workers, progress)
     report.problems = list(dict.fromkeys(report.problems))  # each split tells of dataset.json
     return report
 
@@ -153,45 +153,60 @@ def _compare_splits(names: dict[str, list[str]], report: Report) -> None:
         )
 
 
-def _read_split(
+def _open_splits(root: Path, report: Report, incomplete: set[str]) -> dict[str, FolderDataset]:
+    """Open the splits that can be opened; says what is wrong with the others."""
+    datasets: dict[str, FolderDataset] = {}
+    for split in report.counts:
+        try:
+            datasets[split] = FolderDataset(root, split)
+        except (OSError, ValueError) as error:
+            # What is missing in an incomplete split was told already, with the names of all.
+            if split not in incomplete or "dataset.json" in str(error):
+                report.problems.append(str(error))
+            report.notes.append(f"{split}: its pairs are read when the above is put right")
+    return datasets
+
+
+def _read_pairs(
     root: Path,
-    split: str,
+    datasets: dict[str, FolderDataset],
     report: Report,
-    incomplete: set[str],
     workers: int,
     progress: Progress | None,
 ) -> None:
-    try:
-        dataset = FolderDataset(root, split)
-    except (OSError, ValueError) as error:
-        # What is missing in an incomplete split was told already, with the names of all.
-        if split not in incomplete or "dataset.json" in str(error):
-            report.problems.append(str(error))
-        report.notes.append(f"{split}: its pairs are read when the above is put right")
-        return
-    step = -(-len(dataset) // (_RANGES * workers))
-    ranges = [
-        range(start, min(start + step, len(dataset))) for start in range(0, len(dataset), step)
-    ]
-    errors: list[str] = []
-    present: set[int] = set()
-    for indices, (wrong, found) in zip(
-        ranges, parallel_map(partial(_read_range, root, split), ranges, workers), strict=True
-    ):
-        errors += wrong
-        present |= found
+    """Read every pair of every split, in parallel."""
+    tasks: list[tuple[str, range]] = []
+    for split, dataset in datasets.items():
+        step = -(-len(dataset) // (_RANGES * workers))
+        indices = range(len(dataset))
+        tasks += [(split, indices[start : start + step]) for start in indices[::step]]
+    errors: dict[str, list[str]] = {split: [] for split in datasets}
+    present: dict[str, set[int]] = {split: set() for split in datasets}
+    results = parallel_map(partial(_read_range, root), tasks, workers)
+    for (split, read), (wrong, found) in zip(tasks, results, strict=True):
+        errors[split] += wrong
+        present[split] |= found
         if progress is not None:
-            progress(split, indices.stop, len(dataset))
+            progress(split, read.stop, len(datasets[split]))
+    for split, dataset in datasets.items():
+        _tell(split, errors[split], dataset.class_names, present[split], report)
+
+
+def _tell(
+    split: str, errors: list[str], names: Sequence[str], present: set[int], report: Report
+) -> None:
+    """Report what is wrong with the pairs of a split, and which classes it lacks."""
     report.problems += [f"{split}: {error}" for error in errors[:_SHOWN]]
     if len(errors) > _SHOWN:
         report.problems.append(f"{split}: and {len(errors) - _SHOWN} more like these")
-    absent = [name for i, name in enumerate(dataset.class_names) if i not in present]
+    absent = [name for i, name in enumerate(names) if i not in present]
     if absent and not errors:
         report.notes.append(f"{split}: no pixel of {_some(absent)}; such a class has no score")
 
 
-def _read_range(root: Path, split: str, indices: range) -> tuple[list[str], set[int]]:
-    """Read some pairs; returns what is wrong, and the classes that were seen."""
+def _read_range(root: Path, task: tuple[str, range]) -> tuple[list[str], set[int]]:
+    """Read some pairs of a split; returns what is wrong, and the classes that were seen."""
+    split, indices = task
     dataset = FolderDataset(root, split)
     errors: list[str] = []
     present: set[int] = set()

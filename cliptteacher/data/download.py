@@ -1,8 +1,9 @@
 """Fetch archives over HTTP: resumable, retried, verified where a checksum is published.
 
-Sketch: for each address in turn, ask for what the partial file still lacks (HTTP range), append;
-when the server's length is reached, compare the MD5 and rename. A file under its final name is
-always complete. Cost: the transfer, and one more reading of the file if there is a checksum.
+Sketch: for each address in turn, ask for what the partial file still lacks (HTTP range), refuse
+what is far from the known size, append; when the server's length is reached, compare the MD5 and
+rename. A file under its final name is always complete. Cost: the transfer, and one more reading of
+the file if there is a checksum.
 """
 
 from __future__ import annotations
@@ -21,11 +22,16 @@ _CHUNK = 1 << 20
 _TIMEOUT_SECONDS = 60
 
 
+class _AnotherFile(OSError):
+    """What the server offers is not what was asked for."""
+
+
 def download(
     urls: Sequence[str],
     target: Path,
     *,
     md5: str | None = None,
+    megabytes: int = 0,
     attempts: int = 5,
     wait: float = 2.0,
     progress: Progress | None = None,
@@ -36,6 +42,8 @@ def download(
         urls: addresses of the same file; the next one is tried when one fails.
         target: where to save it; ``<target>.part`` holds what has come so far.
         md5: published checksum (against broken transfers; it proves no origin).
+        megabytes: about how large the file is, 0 if that is not known; an address that offers
+            less than half or more than twice as much (a page that asks to log in) is passed over.
         attempts: how often each address is tried.
         wait: seconds before the second attempt, twice as long before each further one.
         progress: called with the file name, bytes done and bytes in total.
@@ -54,11 +62,11 @@ def download(
             if attempt:
                 time.sleep(wait * 2 ** (attempt - 1))
             try:
-                _append(url, partial, progress)
+                _append(url, partial, megabytes, progress)
             except (OSError, HTTPException) as error:
                 failures.append(f"{url}: {error}")
-                if isinstance(error, urllib.error.HTTPError) and error.code in (403, 404, 410):
-                    break  # asking again will not help
+                if _is_final(error):
+                    break
                 continue
             _verify(partial, md5, url)
             return partial.replace(target)
@@ -68,7 +76,13 @@ def download(
     )
 
 
-def _append(url: str, partial: Path, progress: Progress | None) -> None:
+def _is_final(error: Exception) -> bool:
+    """Tell whether asking again will not help."""
+    gone = isinstance(error, urllib.error.HTTPError) and error.code in (403, 404, 410)
+    return gone or isinstance(error, _AnotherFile)
+
+
+def _append(url: str, partial: Path, megabytes: int, progress: Progress | None) -> None:
     """Download what a partial file still lacks."""
     have = partial.stat().st_size if partial.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
@@ -87,6 +101,8 @@ def _append(url: str, partial: Path, progress: Progress | None) -> None:
         if "Content-Length" not in response.headers:
             raise OSError("the server does not tell the size of the file")
         total = have + int(response.headers["Content-Length"])
+        if megabytes and not megabytes / 2 <= total / 1e6 <= 2 * megabytes:
+            raise _AnotherFile(f"{total} bytes are offered, about {megabytes} MB are published")
         with partial.open("ab" if have else "wb") as file:
             while chunk := response.read(_CHUNK):
                 file.write(chunk)

@@ -142,11 +142,17 @@ def _fetch(
 ) -> None:
     urls = [*([f"{mirror.rstrip('/')}/{archive.file}"] if mirror else []), *archive.urls]
     target = root / archive.yields
+    file = target if archive.inside is None else root / "archives" / archive.file
+    download(
+        urls,
+        file,
+        md5=archive.md5,
+        megabytes=archive.megabytes,
+        attempts=attempts,
+        progress=progress,
+    )
     if archive.inside is None:
-        download(urls, target, md5=archive.md5, attempts=attempts, progress=progress)
         return
-    file = root / "archives" / archive.file
-    download(urls, file, md5=archive.md5, attempts=attempts, progress=progress)
     unpack(file, archive.inside, target, progress=progress)
     if delete:
         file.unlink()
@@ -200,6 +206,8 @@ def _convert_labels(
     progress: Progress | None,
 ) -> None:
     folder.mkdir(exist_ok=True)
+    for unfinished in folder.glob(".*"):  # of a process that was killed
+        unfinished.unlink()
     existing = set(os.listdir(folder))
     todo = [item for item in items if f"{item.name}.png" not in existing]
     convert = partial(_convert, read_label=benchmark.read_label, folder=folder)
