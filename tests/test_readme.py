@@ -7,10 +7,13 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import cliptteacher as ct
+from cliptteacher.data import FolderDataset, check_folder
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -82,6 +85,24 @@ def test_python_example_runs():
     exec(code, scope)
     assert scope["label_map"].shape == (64, 64)
     assert torch.isfinite(scope["losses"]["total"])
+
+
+def test_own_data_example_makes_a_good_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    _, code = (body for language, body in BLOCKS if language == "python")
+    drawn = np.zeros((8, 12, 3), np.uint8)
+    drawn[:, :3], drawn[:, 3:6], drawn[:, 6:9] = (0, 0, 255), (0, 255, 0), (160, 80, 0)
+    for folder in ("images", "drawn"):
+        (tmp_path / "photos" / folder).mkdir(parents=True)
+        for name in ("a", "b", "c"):
+            suffix = "jpg" if folder == "images" else "png"
+            Image.fromarray(drawn).save(tmp_path / "photos" / folder / f"{name}.{suffix}")
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    report = check_folder(tmp_path / "photos")
+    assert (report.problems, report.notes) == ([], [])
+    assert report.counts == {"train": 2, "val": 1}
+    _, label = FolderDataset(tmp_path / "photos", "val")[0]
+    assert label[0].tolist() == [0] * 3 + [1] * 3 + [2] * 3 + [255] * 3
 
 
 @pytest.mark.parametrize("key", ["pAcc", "mIoU(S)", "mIoU(U)", "hIoU"])

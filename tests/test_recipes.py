@@ -11,6 +11,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from PIL import Image
 
 from cliptteacher.clip import load_clip
 from cliptteacher.data.catalog import BENCHMARKS
@@ -227,6 +228,30 @@ def test_dry_run_of_the_first_command(
     train.main(["--dry-run", "--device", "cpu"])
     printed = capsys.readouterr().out
     assert "15 classes with labels, 5 without" in printed and "paper, Table" not in printed
+
+
+@pytest.mark.parametrize(("recipe", "size"), [("folder", 96), ("paper", 512)])
+def test_dry_run_of_a_folder(
+    recipe: str, size: int, train: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The two recipes for data of one's own look at it: three images, one class of three unseen."""
+    for folder in ("images", "labels"):
+        (tmp_path / folder).mkdir()
+        for name in "abc":
+            Image.new("L", (4, 4)).save(tmp_path / folder / f"{name}.png")
+    (tmp_path / "train.txt").write_text("a\nb\nc\n")
+    content = {"classes": ["sky", "grass", "cow"], "unseen": ["cow"]}
+    (tmp_path / "dataset.json").write_text(json.dumps(content))
+    clip = "miniworld" if recipe == "folder" else "ViT-B/16"
+    options = ["--data", "folder", "--root", str(tmp_path), "--clip", clip, "--dry-run"]
+    train.main(["--recipe", recipe, *options, "--device", "cpu"])
+    printed = capsys.readouterr().out
+    config, _ = resolved(recipe, data="folder", root=str(tmp_path), clip=clip)
+    assert f"recipe {recipe}: {config.segmenter} taught by CLIP {clip} on folder" in printed
+    assert "3 images, 2 classes with labels, 1 without" in printed
+    assert f"{config.iterations} iterations of 16 crops of {size} pixels" in printed
+    assert len(re.findall(r"M parameters, learning rate", printed)) >= 2
+    assert "paper, Table" not in printed and not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(
