@@ -27,13 +27,13 @@ SEEN = 49  # classes with labels, as in PASCAL Context
 CROPS = 2  # what a GPU gets when eight share the paper's batch of 16
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("segmenters", nargs="+", choices=list_segmenters())
     parser.add_argument("--crop", type=int, default=512)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     costs = {}
     for name in args.segmenters:
         costs[name] = asdict(count(name, args.crop))

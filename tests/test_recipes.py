@@ -4,8 +4,6 @@ import importlib
 import json
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -291,12 +289,13 @@ def test_count_step_by_hand() -> None:
 
 
 @pytest.mark.slow
-def test_the_cost_program_counts_what_is_stored() -> None:
+def test_the_cost_program_counts_what_is_stored(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """SegFormer-B0 again: the same network, so the same operations."""
-    command = [sys.executable, str(ROOT / "benchmarks" / "step_cost.py"), "segformer_b0"]
-    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    result = json.loads(done.stdout.splitlines()[-1])
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    importlib.import_module("step_cost").main(["segformer_b0"])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["crop"] == 512 and result["clip"] == "ViT-B/16"
     counted = StepCost(**result["costs"]["segformer_b0"])
     stored = STEP_COSTS["segformer_b0"]
