@@ -56,6 +56,7 @@ COLUMNS = (
     "purity",
     "strict",
     "pieces",
+    "rivals",
     "mixed",
     "boundary",
     "ARI",

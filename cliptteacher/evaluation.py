@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from .data.splits import SegmentationDataset
+from .inference import Predictor
 from .metrics import Scores, SegmentationMetrics
 
 SCORES = ("pAcc", "mIoU(S)", "mIoU(U)", "hIoU")
@@ -62,18 +63,10 @@ def evaluate(
     """
     _check(len(dataset), batch_size, rank, world_size)
     indices = range(rank, len(dataset), world_size)
-    # A loader draws a seed; from a generator of its own, or evaluation would shift the dropout of
-    # a training run that goes on afterwards.
-    loader = DataLoader(
-        _Shard(dataset, indices),
-        batch_size=None,
-        num_workers=workers,
-        generator=torch.Generator(),
-    )
     groups = dataset.unseen if unseen is None else unseen
     metrics = SegmentationMetrics(len(dataset.class_names), unseen=groups)
     done = 0
-    for batch in _equal_size_batches(loader, batch_size):
+    for batch in _read_batches(dataset, indices, workers, batch_size):
         images = torch.stack([image for _, image, _ in batch])
         labels = torch.stack([label for _, _, label in batch])
         predictions = predictor(images.to(device))
@@ -87,6 +80,48 @@ def evaluate(
     if world_size > 1:  # a lone process must not wait for others, even inside a process group
         metrics.reduce()
     return metrics.compute()
+
+
+def sweep_gamma(
+    predictor: Predictor,
+    dataset: SegmentationDataset,
+    gammas: Sequence[float],
+    *,
+    device: torch.device | str = "cpu",
+    rank: int = 0,
+    world_size: int = 1,
+    workers: int = 0,
+    batch_size: int = 1,
+    unseen: Sequence[int] | None = None,
+) -> list[Scores]:
+    """Compute the scores at several gammas from one prediction of every image.
+
+    Section 3.4 of arXiv:2310.02296v1 gives one gamma for all data; to choose another, sweep it on
+    a validation split and report on a split that did not choose it.
+
+    Args:
+        predictor: the student; its own gamma plays no part.
+        dataset: images with the labels of all A classes.
+        gammas: bonuses of the unseen classes, in logit units.
+        device, rank, world_size, workers, batch_size, unseen: as for `evaluate`.
+
+    Returns:
+        What `evaluate` returns, for every gamma.
+    """
+    _check(len(dataset), batch_size, rank, world_size)
+    groups = dataset.unseen if unseen is None else unseen
+    metrics = [SegmentationMetrics(len(dataset.class_names), unseen=groups) for _ in gammas]
+    indices = range(rank, len(dataset), world_size)
+    for batch in _read_batches(dataset, indices, workers, batch_size):
+        images = torch.stack([image for _, image, _ in batch])
+        labels = torch.stack([label for _, _, label in batch]).to(device)
+        predictions = predictor.sweep(images.to(device), gammas)
+        for counted, prediction in zip(metrics, predictions, strict=True):
+            counted.update(prediction, labels)
+    if world_size > 1:
+        for counted in metrics:
+            counted.reduce()
+    return [counted.compute() for counted in metrics]
 
 
 def format_scores(
@@ -144,6 +179,21 @@ class _Shard(Dataset[Sample]):
         index = self.indices[position]
         image, label = self.dataset[index]
         return index, image, label
+
+
+def _read_batches(
+    dataset: SegmentationDataset, indices: range, workers: int, batch_size: int
+) -> Iterator[list[Sample]]:
+    """Read the images of one rank, neighbours of equal size together."""
+    # A loader draws a seed; from a generator of its own, or evaluation would shift the dropout of
+    # a training run that goes on afterwards.
+    loader = DataLoader(
+        _Shard(dataset, indices),
+        batch_size=None,
+        num_workers=workers,
+        generator=torch.Generator(),
+    )
+    return _equal_size_batches(loader, batch_size)
 
 
 def _equal_size_batches(samples: Iterable[Sample], batch_size: int) -> Iterator[list[Sample]]:

@@ -103,6 +103,7 @@ class Predictor(nn.Module):
         self.segmenter = segmenter
         self.cosine, self.mode, self.logit_scale = logits == "cosine", mode, logit_scale
         self.window, self.stride, self.window_batch = window, stride, window_batch
+        self.unseen = tuple(unseen)
         self.short_side, self.resize = short_side, resize
         text = F.normalize(text_features.detach().float(), dim=1)
         text = text.to(next((p.device for p in segmenter.parameters()), text.device))
@@ -139,6 +140,27 @@ class Predictor(nn.Module):
         """
         logits = upsample(self._resized_logits(image), image.shape[-2:])
         return logits if image.ndim == 4 else logits.squeeze(0)
+
+    @torch.inference_mode()
+    def sweep(self, image: Tensor, gammas: Sequence[float]) -> Tensor:
+        """Predict with several bonuses from one pass of the student, to choose one.
+
+        Args:
+            image: as for `forward`.
+            gammas: bonuses in the place of the predictor's own.
+
+        Returns:
+            Labels, int64 (len(gammas), H, W) or (len(gammas), B, H, W).
+        """
+        logits = self._resized_logits(image) - self.bonus[:, None, None]
+        columns = torch.zeros_like(self.bonus)
+        columns[list(self.unseen)] = 1.0
+        chosen = [
+            upsampled_argmax(logits + gamma * columns[:, None, None], image.shape[-2:])
+            for gamma in gammas
+        ]
+        labels = torch.stack(chosen)
+        return labels if image.ndim == 4 else labels.squeeze(1)
 
     def _resized_logits(self, image: Tensor) -> Tensor:
         """Return logits (B, A, h, w), of whatever size the network works at."""

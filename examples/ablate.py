@@ -33,6 +33,7 @@ from cliptteacher.training.ablations import (
     CLIP_DENSE,
     TABLES,
     AblationRow,
+    calibrated,
     select_rows,
 )
 from cliptteacher.training.config import config_as_dict
@@ -79,6 +80,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--output", type=Path, required=True, help="folder of the report")
     add("--runs", type=Path, help="folder of the runs; default: OUTPUT/runs")
     add("--jobs", type=int, default=1, help="processes at a time, one thread each")
+    add("--calibrate", action="store_true", help="also score every row at its own gamma of val")
     add("--every", type=float, default=60, help="seconds between two progress lines")
     add("--only-report", action="store_true", help="run nothing, report what is finished")
     own, rest = argv, list[str]()
@@ -87,6 +89,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(own)
     if args.seeds < 1 or args.jobs < 1:
         parser.error(f"--seeds and --jobs must be at least 1, got {args.seeds} and {args.jobs}")
+    if args.calibrate and args.data != "miniworld":
+        parser.error("--calibrate needs a split of its own beside the tested one: miniworld has it")
     args.runs, args.more = args.runs or args.output / "runs", rest
     return args
 
@@ -108,6 +112,10 @@ def plan_runs(args: argparse.Namespace, rows: Sequence[AblationRow]) -> dict[tup
                 run = next((r for r in trained if r.expected == run.expected), run)
                 trained.append(run)
             runs[row.name, seed] = run
+            if args.calibrate and run.trains:
+                again = calibrated(run.row)
+                runs[again.name, seed] = evaluation_run(args, again, run)
+                runs[calibrated(row).name, seed] = runs[again.name, seed]
     dense = [run for (name, _), run in runs.items() if name == CLIP_DENSE]
     runs.update({key: dense[0] for key in runs if key[0] == CLIP_DENSE})
     return runs
@@ -131,19 +139,21 @@ def resolve(flags: list[str]) -> dict[str, Any]:
 def training_run(args: argparse.Namespace, row: AblationRow, seed: int) -> Run:
     folder = args.runs / row.name / f"seed{seed}"
     flags = train_flags(args, row, seed)
-    command = [str(PROGRAMS / "train.py"), *flags, "--output", str(folder), "--resume"]
+    command = [str(PROGRAMS / "train.py"), "--keep-checkpoints", "1", *flags]
+    command += ["--output", str(folder), "--resume"]
     return Run(row, seed, folder, command, resolve(flags))
 
 
 def evaluation_run(args: argparse.Namespace, row: AblationRow, source: Run) -> Run:
-    """Evaluate the students of another row at the gamma of this one."""
+    """Evaluate the students of another row at the gamma of this one, or at their best on val."""
     folder = args.runs / row.name / f"seed{source.seed}"
-    settings = {"split": row.split or source.expected["test_split"], "gamma": row.gamma}
-    mode = source.expected["eval_mode"]
-    command = evaluate_command(folder, {**settings, "checkpoint": source.folder, "mode": mode})
-    return Run(
-        row, source.seed, folder, command, {**settings, "checkpoint": str(source.folder)}, source
-    )
+    split = row.split or source.expected["test_split"]
+    chosen = {"gamma": row.gamma} if row.calibrate_on is None else {"calibrate": row.calibrate_on}
+    given = {"split": split, **chosen, "checkpoint": source.folder}
+    command = evaluate_command(folder, {**given, "mode": source.expected["eval_mode"]})
+    settings = {"split": split, "checkpoint": str(source.folder), "calibrated_on": row.calibrate_on}
+    settings |= {"gamma": row.gamma} if row.calibrate_on is None else {}
+    return Run(row, source.seed, folder, command, settings, source)
 
 
 def dense_run(args: argparse.Namespace, row: AblationRow, seed: int) -> Run:
@@ -172,9 +182,10 @@ def table_of(
 ) -> dict[str, list[Run]]:
     """The runs of each row, one a seed; the row without a student has one."""
     seeds = range(args.seed_start, args.seed_start + args.seeds)
+    shown = [*rows, *(calibrated(row) for row in rows if (calibrated(row).name, seeds[0]) in runs)]
     return {
         row.name: [runs[row.name, seed] for seed in seeds][: 1 if row.name == CLIP_DENSE else None]
-        for row in rows
+        for row in shown
     }
 
 

@@ -16,7 +16,7 @@ from ablation_chart import Bar, ChartRow, draw_chart
 from ablation_runs import Run
 
 from cliptteacher.evaluation import SCORES
-from cliptteacher.training.ablations import AblationRow
+from cliptteacher.training.ablations import AblationRow, calibrated
 from cliptteacher.training.paper_recipes import Scores
 from cliptteacher.training.run import write_json
 from cliptteacher.visualize import write_png
@@ -41,15 +41,17 @@ def write_report(
         settings: what the command asked for, and the machine.
         output: folder.
     """
-    values = {row.name: collect(runs[row.name]) for row in rows}
-    text = markdown(table, rows, values, settings, problems(rows, runs))
+    values = {name: collect(runs[name]) for name in runs}
+    text = markdown(table, rows, values, settings, problems(runs))
+    if settings.get("calibrate"):
+        text += calibrated_section(rows, runs, values)
     output.mkdir(parents=True, exist_ok=True)
     (output / "table.md").write_text(text)
     content = {
         "table": table,
         "settings": {name: as_plain(value) for name, value in settings.items()},
         "rows": [row_as_json(row, values[row.name], values[rows[0].name]) for row in rows],
-        "runs": [{**run.summary(), "row": row.name} for row in rows for run in runs[row.name]],
+        "runs": [{**run.summary(), "row": name} for name in runs for run in runs[name]],
     }
     write_json(content, output / "table.json")
     chart_rows = [chart_row(row, values[row.name]) for row in rows]
@@ -134,6 +136,32 @@ def markdown(
     return "\n".join(parts) + "\n"
 
 
+def calibrated_section(
+    rows: Sequence[AblationRow], runs: Mapping[str, Sequence[Run]], values: Mapping[str, Values]
+) -> str:
+    """The same tables with every run at the gamma that its validation scenes choose."""
+    own = {row.name: calibrated(row).name for row in rows}
+    shown = [row for row in rows if own[row.name] in runs]
+    found = {row.name: values[own[row.name]] for row in shown}
+    lines = ["\n## Scores at the gamma that the validation split chooses for each run"]
+    lines += [
+        *score_table(shown, found),
+        "Gammas: "
+        + "; ".join(
+            f"{row.title}: {', '.join(gammas_of(runs[own[row.name]])) or '-'}" for row in shown
+        )
+        + ".",
+    ]
+    if len(shown) > 1:
+        lines += [f"\n## Change against `{shown[0].name}` at these gammas"]
+        lines += change_table(shown, found)
+    return "\n".join(lines) + "\n"
+
+
+def gammas_of(runs: Sequence[Run]) -> list[str]:
+    return [f"{run.gamma():g}" for run in runs if run.scores() is not None]
+
+
 def heading(table: str, settings: Mapping[str, Any]) -> str:
     environment = settings["environment"]
     first, count = settings["seed_start"], settings["seeds"]
@@ -184,14 +212,14 @@ def change_table(rows: Sequence[AblationRow], values: Mapping[str, Values]) -> l
     return [*lines, ""]
 
 
-def problems(rows: Sequence[AblationRow], runs: Mapping[str, Sequence[Run]]) -> list[str]:
+def problems(runs: Mapping[str, Sequence[Run]]) -> list[str]:
     """Say which runs have no result, and why."""
     lines: list[str] = []
-    for row in rows:
-        for run in runs[row.name]:
+    for name in runs:
+        for run in runs[name]:
             if run.scores() is None:
                 reason = (run.problem or run.difference() or "not finished").splitlines()
-                lines.append(f"- {row.name} seed {run.seed}: {reason[0]}")
+                lines.append(f"- {name} seed {run.seed}: {reason[0]}")
                 lines += [f"      {line}" for line in reason[1:]]
     return lines
 

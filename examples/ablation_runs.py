@@ -73,6 +73,12 @@ class Run:
             return next((row for row in reversed(found) if "hIoU" in row), None)
         return read_object(self.folder / "scores.json").get("scores")
 
+    def gamma(self) -> float | None:
+        """The bonus of the unseen classes at which the scores were taken."""
+        if self.trains:
+            return float(self.expected["gamma"])
+        return read_object(self.folder / "scores.json").get("gamma")
+
     def difference(self) -> str | None:
         """Say in which field the folder's run is another than the one asked for."""
         found = read_object(self.folder / ("config.json" if self.trains else "scores.json"))
@@ -152,6 +158,7 @@ class Run:
             "row": self.row.name,
             "seed": self.seed,
             "scores": scores and {name: scores[name] for name in (*SCORES, "IoU")},
+            "gamma": self.gamma(),
             "split": self.expected.get("test_split", self.expected.get("split")),
             "command": shlex.join(["python", *self.command]),
             "minutes": round(sum(a["seconds"] for a in attempts) / 60, 2) if attempts else None,

@@ -3,6 +3,7 @@ r"""Score a trained student: pAcc, mIoU of seen and unseen classes, and their hI
     python examples/evaluate.py --checkpoint runs/miniworld --split test
     torchrun --standalone --nproc_per_node=8 examples/evaluate.py --checkpoint runs/paper \
         --data folder --root DIR --split val --mode slide
+    python examples/evaluate.py --checkpoint runs/miniworld --split test --calibrate val
     python examples/evaluate.py --clip-dense --clip miniworld --split test    # no student at all
     python examples/evaluate.py --help
 
@@ -10,14 +11,16 @@ A student is not bound to the data set it was trained on. If the class names are
 training run, their stored text features serve and no CLIP is needed; otherwise the CLIP reads the
 new names, and unseen are those that training had no labels for.
 
-``--clip-dense`` asks what the teacher can do alone: its dense tokens against the text features.
+``--calibrate val`` first chooses gamma by the hIoU of another split: never choose it on the split
+that is reported. ``--clip-dense`` asks what the teacher can do alone: its dense tokens against the
+text features.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +32,20 @@ from words import with_words
 from cliptteacher.clip import DenseTokens, class_text_features, load_clip
 from cliptteacher.data import SegmentationDataset, open_dataset
 from cliptteacher.data.catalog import BENCHMARKS
-from cliptteacher.evaluation import evaluate, format_scores, scores_as_percent
+from cliptteacher.evaluation import (
+    SCORES,
+    evaluate,
+    format_scores,
+    scores_as_percent,
+    sweep_gamma,
+)
 from cliptteacher.inference import TrainedSegmenter, load_segmenter
 from cliptteacher.training.distributed import Process, start_process, stop_process
 from cliptteacher.training.run import write_json
 from cliptteacher.visualize import class_palette, overlay, write_png
 
 SECONDS_BETWEEN_LINES = 30
+GAMMAS = (-4, -2, -1, -0.5, -0.2, -0.1, -0.05, 0, 0.05, 0.1, 0.2, 0.5, 0.75, 1, 1.5, 2, 3, 5)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -67,6 +77,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--stride", type=int, help="step between windows; default: 5/6 of the window")
     add("--resize", type=int, nargs=2, metavar=("LONG", "SHORT"), help="default: as in training")
     add("--gamma", type=float, help="bonus of unseen classes; default: that of training, or 0")
+    add("--calibrate", metavar="SPLIT", help="choose gamma on this split, by hIoU")
+    add("--gammas", type=float, nargs="+", default=GAMMAS, help="those to choose from")
     add("--templates", choices=("single", "ensemble"), default="single", help="of --clip-dense")
     add("--clip", help="name or path of the CLIP, for class names that training did not know")
     add("--save-dir", type=Path, help="write NAME.png (class indices) and NAME_overlay.png here")
@@ -82,9 +94,9 @@ def run(args: argparse.Namespace, process: Process) -> None:
     trained = dense_teacher(args) if args.clip_dense else load_segmenter(args.checkpoint)
     dataset = open_split(args, trained)
     student, unread = with_words(trained, dataset.class_names, args.clip)
-    gamma = student.gamma if args.gamma is None else args.gamma
     # A student that has seen all classes is the upper bound of the data set's own unseen ones.
     groups = student.unseen or dataset.unseen
+    gamma, sweep = choose_gamma(args, student, groups, inference_settings(args, trained), process)
     if process.is_main:
         print_plan(args, student, dataset, gamma, unread)
     result = evaluate(
@@ -102,8 +114,47 @@ def run(args: argparse.Namespace, process: Process) -> None:
     if process.is_main:
         if args.json is not None:
             scores = scores_as_percent(result, dataset.class_names)
-            write_json(summary(args, student, gamma, scores), args.json)
+            write_json({**summary(args, student, gamma, scores), "sweep": sweep}, args.json)
         print(format_scores(result, dataset.class_names, groups))
+
+
+def choose_gamma(
+    args: argparse.Namespace,
+    student: TrainedSegmenter,
+    groups: Sequence[int],
+    settings: dict[str, Any],
+    process: Process,
+) -> tuple[float, list[dict[str, Any]]]:
+    """Take the gamma that was asked for, or the one with the best hIoU on another split."""
+    if args.calibrate is None:
+        return student.gamma if args.gamma is None else args.gamma, []
+    if args.gamma is not None or args.calibrate == args.split:
+        raise ValueError(
+            "--calibrate chooses gamma on another split than --split, got "
+            + (f"--gamma {args.gamma} too" if args.gamma is not None else f"{args.split} for both")
+        )
+    results = sweep_gamma(
+        student.predictor(**settings).to(process.device),
+        open_dataset(args.data, args.root, args.calibrate, cache=False),
+        args.gammas,
+        device=process.device,
+        rank=process.rank,
+        world_size=process.world_size,
+        workers=args.workers,
+        batch_size=args.batch_size,
+        unseen=groups,
+    )
+    sweep = [
+        {"gamma": gamma, **scores_as_percent(result, student.class_names)}
+        for gamma, result in zip(args.gammas, results, strict=True)
+    ]
+    best = max(sweep, key=lambda row: (row["hIoU"] or 0.0, -abs(row["gamma"])))
+    if process.is_main:
+        for row in sweep:
+            four = "  ".join(f"{name} {row[name] or 0:5.1f}" for name in SCORES)
+            mark = "  <- chosen" if row is best else ""
+            print(f"{args.calibrate}, gamma {row['gamma']:>5g}: {four}{mark}")
+    return float(best["gamma"]), sweep
 
 
 def dense_teacher(args: argparse.Namespace) -> TrainedSegmenter:
@@ -213,6 +264,7 @@ def summary(
         "split": args.split,
         "unseen": [student.class_names[k] for k in student.unseen],
         "gamma": gamma,
+        "calibrated_on": args.calibrate,
         "mode": args.mode,
         "resize": args.resize or student.resize,
         "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

@@ -114,6 +114,47 @@ def test_mistakes_of_the_command_are_told(ablate: ModuleType, tmp_path: Path) ->
         ablate.main([*argv, "--seeds", "0"])
 
 
+def test_calibration_follows_every_trained_row(ablate: ModuleType, tmp_path: Path) -> None:
+    args = ablate.parse_arguments(["--table", "3", "--output", str(tmp_path), "--calibrate"])
+    runs = ablate.plan_runs(args, TABLES["3"])
+    trained = [row.name for row in TABLES["3"] if not row.checkpoints_of]
+    assert {name for name, _ in runs if "@" in name} == {f"{name}@val" for name in trained}
+    run = runs["no_glm@val", 2]
+    assert run.needs is runs["no_glm", 2] and not run.trains
+    words = " ".join(run.command)
+    assert "--split test" in words and "--calibrate val" in words and "--gamma " not in words
+    assert f"--checkpoint {runs['no_glm', 2].folder}" in words
+    table = ablate.table_of(runs, TABLES["3"], args)
+    assert list(table)[: len(TABLES["3"])] == [row.name for row in TABLES["3"]]
+    assert [run.seed for run in table["full@val"]] == [0, 1, 2]
+    argv = ["--table", "3", "--output", str(tmp_path), "--data", "folder", "--calibrate"]
+    with pytest.raises(SystemExit):
+        ablate.parse_arguments([*argv, "--root", "x"])
+
+
+def test_an_evaluation_is_of_its_checkpoint_gamma_and_split(
+    ablate: ModuleType, tmp_path: Path
+) -> None:
+    source = fake(ablate, tmp_path, "full")
+    ablate.work_off([source], 1, 60, None)
+    args = ablate.parse_arguments(["--table", "3", "--output", str(tmp_path), "--runs", "r"])
+    source.expected |= {"eval_mode": "whole"}
+    (source.folder / "config.json").write_text(json.dumps(source.expected))
+    args.runs = tmp_path
+    row = AblationRow(name="five", title="five", checkpoints_of="full", gamma=5.0)
+    run = ablate.evaluation_run(args, row, source)
+    run.folder.mkdir(parents=True)
+    content = {"scores": {"hIoU": 1.0}, "split": "val", "gamma": 5.0}
+    content["checkpoint"] = str(source.folder)
+    (run.folder / "scores.json").write_text(json.dumps(content))
+    assert run.scores() == {"hIoU": 1.0} and run.gamma() == 5 and run.steps() == (1, 1)
+    (run.folder / "scores.json").write_text(json.dumps({**content, "gamma": 4.0}))
+    assert run.scores() is None and "gamma=4.0, this one has 5.0" in run.difference()
+    (run.folder / "scores.json").write_text(json.dumps(content))
+    (source.folder / "metrics.jsonl").unlink()
+    assert run.scores() is None
+
+
 # the runs: real processes that write what train.py would
 
 WORKS = """
@@ -125,7 +166,7 @@ losses = {{"step": 4, "total": 1.0}}
 scores = {{"step": 4, "pAcc": 50.0, "mIoU(S)": 40.0, "mIoU(U)": 30.0, "hIoU": {score}, "IoU": {{}}}}
 (folder / "metrics.jsonl").write_text(json.dumps(losses) + "\\n" + json.dumps(scores))
 """
-EXPECTED = {"iterations": 4, "seed": 0, "test_split": "val", "scales": [3, 7]}
+EXPECTED = {"iterations": 4, "seed": 0, "test_split": "val", "gamma": 0.5, "scales": [3, 7]}
 
 
 def fake(ablate: ModuleType, folder: Path, name: str, script: str = WORKS, **more: Any) -> Any:
@@ -261,6 +302,35 @@ def test_the_table_holds_means_spreads_and_signs(reported: tuple[str, Any, Path]
     assert change.endswith("| -7.0 | -9.5 ± 0.7 | same sign |")
     assert any(line.endswith("| +1.0 | +, not in the paper |") for line in lines)
     assert any(line.endswith("| -0.2 | +0.0 ± 4.2 | within the spread |") for line in lines)
+
+
+def test_a_second_table_holds_the_scores_at_the_own_gammas(
+    ablate: ModuleType, tmp_path: Path
+) -> None:
+    report = importlib.import_module("ablation_report")
+    rows = select_rows("3", ["no_glm"])
+    runs = {}
+    for row, score in zip(rows, (60.0, 20.0), strict=True):
+        source = finished(ablate, tmp_path, row, 0, 90, 70, 60, score)
+        own = ablate.calibrated(row)
+        folder = tmp_path / own.name
+        expected = {"split": "test", "calibrated_on": "val"}
+        again = ablate.Run(own, 0, folder, ["evaluate.py"], expected, needs=source)
+        folder.mkdir()
+        scores = dict(zip(SCORES, (90, 70, 60, score + 5), strict=True))
+        content = {**expected, "scores": {**scores, "IoU": {}}, "gamma": -score / 10}
+        (folder / "scores.json").write_text(json.dumps(content))
+        runs |= {row.name: [source], own.name: [again]}
+    environment = {"command": "ablate", "date": "2026-11-24T", "commit": "abc", "torch": "2"}
+    settings = {"data": "miniworld", "base": "recipe", "seed_start": 0, "seeds": 1, "more": []}
+    settings |= {"environment": environment, "calibrate": True}
+    text = report.write_report("3", rows, runs, settings, tmp_path)
+    first, second = text.split("## Scores at the gamma that the validation split chooses")
+    assert "| 60.0 |" in first and "| 65.0 |" in second
+    assert "full: -6; without GLM, gamma of the base: -2." in second
+    assert "| -40.0 | -, not in the paper |" in second
+    written = json.loads((tmp_path / "table.json").read_text())
+    assert [run["gamma"] for run in written["runs"]] == [0.5, -6.0, 0.5, -2.0]
 
 
 def test_the_json_holds_every_run(reported: tuple[str, Any, Path]) -> None:

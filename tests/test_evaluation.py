@@ -13,7 +13,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from cliptteacher.data import open_dataset, prepare_benchmark
-from cliptteacher.evaluation import evaluate, format_scores, scores_as_percent
+from cliptteacher.evaluation import evaluate, format_scores, scores_as_percent, sweep_gamma
 from cliptteacher.inference import Predictor
 from cliptteacher.metrics import SegmentationMetrics
 
@@ -298,3 +298,26 @@ def test_percent_survives_json() -> None:
 def test_names_must_match_the_scores() -> None:
     with pytest.raises(ValueError, match="argument 2 is longer"):
         scores_as_percent(RESULT, NAMES[:3])
+
+
+@pytest.mark.parametrize("mode", ["whole", "slide"])
+def test_a_sweep_equals_an_evaluation_at_every_gamma(mode: str) -> None:
+    torch.manual_seed(0)
+    student, text = torch.nn.Conv2d(3, 5, 2, stride=2, bias=False), torch.randn(4, 5)
+    settings: dict[str, Any] = {"unseen": [2], "mode": mode, "window": 4, "stride": 3}
+    settings["logit_scale"] = 100.0
+    gammas = (-3.0, -0.1, 0.0, 0.1, 9.0)
+    swept = sweep_gamma(
+        Predictor(student, text, gamma=7.0, **settings), Scenes(), gammas, batch_size=2
+    )
+    for gamma, found in zip(gammas, swept, strict=True):
+        assert same(found, evaluate(Predictor(student, text, gamma=gamma, **settings), Scenes()))
+    assert len({float(found["mIoU(U)"]) for found in swept}) > 2
+
+
+def test_a_sweep_of_one_image_has_no_batch() -> None:
+    torch.manual_seed(0)
+    predictor = Predictor(torch.nn.Conv2d(3, 5, 2, stride=2), torch.randn(4, 5), unseen=[0, 3])
+    image = torch.rand(3, 6, 8)
+    labels = predictor.sweep(image, (0.0, 1.5))
+    assert labels.shape == (2, 6, 8) and torch.equal(labels[1], predictor(image))

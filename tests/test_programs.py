@@ -331,6 +331,28 @@ def test_evaluate_needs_no_clip_for_the_words_of_training(
     assert summary["scores"]["pAcc"] == pytest.approx(100 * right / labelled)
 
 
+def test_evaluate_chooses_gamma_on_another_split(
+    space: Path,
+    trained: tuple[Path, str],
+    program: Callable[[str], ModuleType],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    evaluate, file = program("evaluate"), space / "calibrated.json"
+    options = ["--checkpoint", str(trained[0]), "--calibrate", "train"]
+    evaluate.main([*options, "--gammas", "-1", "0.5", "2", "--json", str(file)])
+    printed, summary = capsys.readouterr().out, json.loads(file.read_text())
+    assert [row["gamma"] for row in summary["sweep"]] == [-1, 0.5, 2]
+    best = max(row["hIoU"] for row in summary["sweep"])
+    chosen = next(row for row in summary["sweep"] if row["gamma"] == summary["gamma"])
+    assert chosen["hIoU"] == best and printed.count("<- chosen") == 1
+    evaluate.main(["--checkpoint", str(trained[0]), "--gamma", str(summary["gamma"])])
+    assert four_scores(capsys.readouterr().out) == rounded(summary["scores"])
+    assert summary["calibrated_on"] == "train" and summary["split"] == "val"
+    for wrong in (["--split", "train"], ["--gamma", "1"]):
+        with pytest.raises(SystemExit, match="chooses gamma on another split than --split, got"):
+            evaluate.main([*options, *wrong])
+
+
 def test_evaluate_reads_new_names_with_the_clip(
     space: Path,
     trained: tuple[Path, str],

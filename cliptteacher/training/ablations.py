@@ -44,6 +44,7 @@ class AblationRow:
     checkpoints_of: str | None = None  # evaluate the students of this row instead of training
     gamma: float | None = None  # at this gamma
     split: str | None = None  # on this split; None: the one that the base is tested on
+    calibrate_on: str | None = None  # or at the gamma that is best on this split
 
     @property
     def paper_scores(self) -> Scores | None:
@@ -154,6 +155,17 @@ TABLES: dict[str, tuple[AblationRow, ...]] = {
     "bounds": _BOUNDS,
     "readings": _READINGS,
 }
+
+
+def calibrated(row: AblationRow) -> AblationRow:
+    """The students of a row once more, each at the gamma that is best on validation scenes.
+
+    Rows differ in the size of their logits, so that one gamma for all of them favours the row it
+    was chosen for.
+    """
+    return AblationRow(
+        name=f"{row.name}@val", title=row.title, checkpoints_of=row.name, calibrate_on="val"
+    )
 
 
 def select_rows(table: str, names: list[str] | None = None) -> tuple[AblationRow, ...]:
