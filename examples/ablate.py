@@ -139,8 +139,7 @@ def resolve(flags: list[str]) -> dict[str, Any]:
 def training_run(args: argparse.Namespace, row: AblationRow, seed: int) -> Run:
     folder = args.runs / row.name / f"seed{seed}"
     flags = train_flags(args, row, seed)
-    command = [str(PROGRAMS / "train.py"), "--keep-checkpoints", "1", *flags]
-    command += ["--output", str(folder), "--resume"]
+    command = [str(PROGRAMS / "train.py"), *flags, "--output", str(folder), "--resume"]
     return Run(row, seed, folder, command, resolve(flags))
 
 

@@ -151,7 +151,7 @@ def test_the_program_from_end_to_end(
     assert content["settings"]["images"] == 4  # the train split
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == results
     assert results["one group an image"]["pieces"] == 1
-    assert results["base"]["rivals"] > results["base"]["pieces"]
+    assert results["base"]["rivals"] >= results["base"]["pieces"] >= 1
     assert results["one group a token"]["purity"] >= results["base"]["purity"]
     assert results["no fusion"]["groups"] == results["base"]["clusters"]
     assert results["base"]["groups"] <= results["base"]["clusters"]
