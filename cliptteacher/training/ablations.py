@@ -10,6 +10,7 @@ students of another row with another gamma.
     5         Vision-Language Adapter                          Table 5
     bounds    what is there without the method, and above it
     readings  choices that the paper's text leaves open
+    windows   CLS tokens of windows of the image, beyond the paper
 """
 
 from __future__ import annotations
@@ -147,6 +148,14 @@ _READINGS = (
     _row("seen_competition_off", "seen competition off", seen_competition=False),
     *map(_gamma_row, (-2.0, -1.0, -0.5, 0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0)),
 )
+_WINDOWS = (
+    _full("one CLS token an image (full)"),
+    *(
+        _row(f"windows_{'_'.join(map(str, value))}", f"windows {value}", glm_windows=value)
+        for value in ((1, 2), (2,), (2, 4), (4,))
+    ),
+    _row("closed_set", "upper bound: labels of all classes", closed_set=True),
+)
 
 TABLES: dict[str, tuple[AblationRow, ...]] = {
     "3": _TABLE_3,
@@ -154,6 +163,7 @@ TABLES: dict[str, tuple[AblationRow, ...]] = {
     "5": _TABLE_5,
     "bounds": _BOUNDS,
     "readings": _READINGS,
+    "windows": _WINDOWS,
 }
 
 

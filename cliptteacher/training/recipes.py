@@ -56,6 +56,11 @@ def miniworld() -> dict[str, Any]:
     }
 
 
+def miniworld_tuned() -> dict[str, Any]:
+    """Miniworld beyond the paper: windows of 64 and 32 pixels have CLS tokens of their own."""
+    return {**miniworld(), "glm_windows": (2, 4)}
+
+
 def folder() -> dict[str, Any]:
     """Your own photographs with index-map labels and a CLIP of pretrain_clip.py, on a CPU."""
     return {
@@ -77,7 +82,7 @@ def paper() -> dict[str, Any]:
     return {}
 
 
-_RECIPES = {recipe.__name__: recipe for recipe in (miniworld, folder, paper)}
+_RECIPES = {recipe.__name__: recipe for recipe in (miniworld, miniworld_tuned, folder, paper)}
 
 
 def list_recipes() -> list[str]:
