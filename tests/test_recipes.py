@@ -63,7 +63,7 @@ def train(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
 def test_there_is_a_recipe_for_every_row() -> None:
     tables = [row.table for row in PAPER_ROWS.values()]
     assert [tables.count(table) for table in range(1, 6)] == [9, 6, 5, 2, 2]
-    assert list_recipes() == ["miniworld", "folder", "paper", *PAPER_ROWS]
+    assert list_recipes() == ["miniworld", "miniworld_tuned", "folder", "paper", *PAPER_ROWS]
     assert [default_recipe(kind) for kind in ("miniworld", "voc")] == ["miniworld", "paper"]
 
 
