@@ -83,7 +83,7 @@ def read_configuration(argv: list[str] | None) -> tuple[str, TrainConfig, CLIPTe
     classes = (TrainConfig, CLIPTeacherConfig)
     namespace, given = parse_arguments(parser, classes, argv)
     try:
-        file = read_json(namespace.config) if namespace.config else {}
+        file = read_json(namespace.config, classes, ("recipe",)) if namespace.config else {}
         data = given.get("data", file.get("data", "miniworld"))
         recipe = namespace.recipe or file.get("recipe", default_recipe(data))
         file.pop("recipe", None)

@@ -2,6 +2,9 @@
 
 import argparse
 import json
+import re
+import types
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,14 +14,20 @@ import pytest
 from cliptteacher.framework import CLIPTeacherConfig
 from cliptteacher.training.config import (
     TrainConfig,
+    changed_fields,
     config_as_dict,
     parse_arguments,
     read_json,
     resolve_config,
+    show_value,
     unknown_key,
 )
 
 CLASSES = (TrainConfig, CLIPTeacherConfig)
+
+
+def hint_args(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if isinstance(hint, types.UnionType) else ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +38,7 @@ class Toy:
     slots: int | None = None
     mode: Literal["fast", "slow"] = "fast"
     size: tuple[int, int] = (4, 2)
+    fit: tuple[int, int] | None = None
     scales: tuple[int, ...] = (3, 7)
     share: tuple[float, float] = (0.5, 2.0)
     flip: bool = True
@@ -112,6 +122,8 @@ WRONG = [
     ({"count": None}, "`count` must be int, got None"),
     ({"rate": "fast"}, "`rate` must be float, got 'fast'"),
     ({"rate": True}, "`rate` must be float, got True"),
+    ({"rate": float("nan")}, "`rate` must be a finite number, got nan"),
+    ({"share": [1, float("inf")]}, "`share` must be a finite number, got inf"),
     ({"name": 5}, "`name` must be str, got 5"),
     ({"slots": 2.5}, "`slots` must be int, got 2.5"),
     ({"flip": 1}, "`flip` must be bool, got 1"),
@@ -184,6 +196,75 @@ def test_a_round_trip_through_json() -> None:
     assert resolve_config(CLASSES, (json.loads(text),)) == (config, method)
 
 
+# --- every field of the program, by flag and by file -------------------------------------------
+
+FIELDS = [
+    (name, typing.get_type_hints(cls)[name], field.default)
+    for cls in CLASSES
+    for name, field in cls.__dataclass_fields__.items()
+]
+NAMES = [name for name, _, _ in FIELDS]
+NEEDED = {"data": {"root": "photos"}}  # what a value of a field asks of others
+
+
+def other_value(hint: Any, default: Any) -> Any:
+    """A value that the type of a field allows and that is not its default."""
+    kind = hint
+    if isinstance(hint, types.UnionType):
+        kind = next(arg for arg in typing.get_args(hint) if arg is not type(None))
+    args = typing.get_args(kind)
+    if typing.get_origin(kind) is Literal:
+        return next(choice for choice in args if choice != default)
+    if typing.get_origin(kind) is tuple:
+        count = 3 if args[-1] is Ellipsis else len(args)
+        return tuple(other_value(args[0], item) for item in (default or (None,) * count)[:count])
+    if kind is bool:
+        return not default
+    if kind in (int, float):
+        return kind(2 * (default or 0) + 3)
+    return f"other {default}"
+
+
+@pytest.mark.parametrize(("name", "hint", "default"), FIELDS, ids=NAMES)
+def test_every_field_by_flag_and_by_file(
+    name: str, hint: Any, default: Any, tmp_path: Path
+) -> None:
+    value = other_value(hint, default)
+    flag = "--" + name.replace("_", "-")
+    words = [flag, *map(str, value if isinstance(value, tuple) else (value,))]
+    if isinstance(value, bool):
+        words = [flag if value else f"--no-{flag[2:]}"]
+    _, given = parse_arguments(argparse.ArgumentParser(), CLASSES, words)
+    assert list(given) == [name]
+    needed = NEEDED.get(name, {})
+    configs = resolve_config(CLASSES, (needed, given))
+    told = {**{key: (new, None) for key, new in needed.items()}, name: (value, default)}
+    assert changed_fields(*configs) == told
+
+    contents = (config_as_dict(*configs), {"any": {"name": {name: value}}, **needed})
+    for number, content in enumerate(contents):  # flat as config.json, and in groups
+        path = tmp_path / f"{number}.json"
+        path.write_text(json.dumps(content))
+        assert resolve_config(CLASSES, (read_json(path, CLASSES),)) == configs
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, hint, _ in FIELDS if type(None) in hint_args(hint)]
+)
+def test_every_optional_field_is_cleared_by_none(name: str) -> None:
+    _, given = parse_arguments(
+        argparse.ArgumentParser(), CLASSES, [f"--{name.replace('_', '-')}", "none"]
+    )
+    assert given == {name: None}
+
+
+def test_changed_fields_as_the_command_line_takes_them() -> None:
+    changed = changed_fields(TrainConfig(resize=(128, 96), crop=64))
+    assert changed == {"crop": (64, 512), "resize": ((128, 96), (2048, 512))}
+    assert [show_value(value) for value, _ in changed.values()] == ["64", "128 96"]
+    assert changed_fields(TrainConfig(), CLIPTeacherConfig()) == {}
+
+
 # --- files ------------------------------------------------------------------------------------
 
 
@@ -199,25 +280,58 @@ def test_a_round_trip_through_json() -> None:
 def test_json_may_be_flat_or_nested(tmp_path: Path, content: dict[str, Any]) -> None:
     path = tmp_path / "config.json"
     path.write_text(json.dumps(content))
-    flat = read_json(path)
-    assert flat == {"crop": 64, "scales": [2, 5], "bank_size": 4}
+    flat = read_json(path, CLASSES)
+    assert flat == {"crop": 64, "scales": (2, 5), "bank_size": 4}
     config, method = resolve_config(CLASSES, (flat,))
     assert (config.crop, method.scales, method.bank_size) == (64, (2, 5), 4)
 
 
 def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nowhere\.json does not exist; check --config"):
-        read_json(tmp_path / "nowhere.json")
+        read_json(tmp_path / "nowhere.json", CLASSES)
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("{crop: 64}", "must be JSON, but"), ("[1]", "JSON object, got list")]
+    ("text", "message"),
+    [("{crop: 64}", r"config\.json must be JSON, but"), ("[1]", r"config\.json: .*, got list")],
 )
 def test_a_file_that_is_no_json_object(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "config.json"
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
-        read_json(path)
+        read_json(path, CLASSES)
+
+
+WRONG_FILES = [
+    ('{"batchsize": 16}', "unknown option 'batchsize'; did you mean 'batch_size'?"),
+    ('{"plm": {"fusion-treshold": 1}}', "unknown option 'fusion-treshold'; did you mean 'fusion_t"),
+    ('{"crop": "64"}', "`crop` must be int, got '64'"),
+    ('{"train": {"scales": 3}}', "`scales` must be a list of int, got 3"),
+    ('{"crop": {"size": 64}}', "`crop` must be int, got {'size': 64}"),
+    ('{"recipe": 5}', "`recipe` must be str, got 5"),
+    ('{"crop": 64, "train": {"crop": 96}}', "`crop` is given twice"),
+    ('{"crop": 64, "crop": 96}', "`crop` is given twice"),
+    ('{"batch_size": 8, "batch-size": 8}', "`batch_size` is given twice"),
+    ('{"gamma": NaN}', "`gamma` must be a finite number, got nan"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), WRONG_FILES)
+def test_what_is_wrong_in_a_file_is_said_with_its_name(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=f"^{re.escape(f'{path}: {message}')}"):
+        read_json(path, CLASSES, ("recipe",))
+
+
+def test_a_file_may_hold_keys_of_the_program(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text('{"recipe": "miniworld", "train": {"batch-size": 8}, "empty": {}}')
+    assert read_json(path, CLASSES, ("recipe",)) == {"recipe": "miniworld", "batch_size": 8}
+    with pytest.raises(ValueError, match="unknown option 'recipe'"):
+        read_json(path, CLASSES)
 
 
 # --- flags ------------------------------------------------------------------------------------
@@ -258,12 +372,38 @@ def test_every_field_of_the_programs_is_a_flag() -> None:
 
 def test_an_unknown_flag_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     message = refuse(capsys, "--cuont", "3")
-    assert "unknown option 'cuont'; did you mean 'count'?" in message
-    assert "did you mean 'count'" in refuse(capsys, "--cuont=3")
+    assert "unknown option '--cuont'; did you mean '--count'?" in message
+    assert "unknown option '--cuont'; did you mean '--count'" in refuse(capsys, "--cuont=3")
 
 
 def test_a_flag_cut_short_is_unknown(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "unknown option 'coun'; did you mean 'count'?" in refuse(capsys, "--coun", "3")
+    assert "option '--coun'; did you mean '--count'?" in refuse(capsys, "--coun", "3")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--batch_size", "3"), "unknown option '--batch_size'; did you mean '--batch-size'?"),
+        (("-crop", "3"), "unknown option '-crop'; did you mean '--crop'?"),
+        (("--no-photometrc",), "unknown option '--no-photometrc'; did you mean '--no-photometric'"),
+        (("miniworld",), "unexpected argument 'miniworld'; every option has a name, see --help"),
+        (("--photometric", "true"), "unexpected argument 'true'; every option has a name"),
+    ],
+)
+def test_other_mistyped_words(
+    words: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parse_arguments(argparse.ArgumentParser(), CLASSES, words)
+    assert message in capsys.readouterr().err
+
+
+def test_none_clears_a_flag_and_mixes_with_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    given = parse("--fit", "none", "--slots", "None", "--name", "none")
+    assert given == {"fit": None, "slots": None, "name": None}
+    with pytest.raises(ValueError, match="`fit` must be int, got None"):
+        toy(parse("--fit", "none", "3"))
+    assert "invalid int value: 'many'" in refuse(capsys, "--slots", "many")
 
 
 def test_flags_with_values_of_the_wrong_type(capsys: pytest.CaptureFixture[str]) -> None:

@@ -278,8 +278,8 @@ def test_a_used_output_is_refused(
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        (("--iteration-s", "4"), "did you mean 'iterations'?"),
-        (("--segmentor", "x"), "did you mean 'segmenter'?"),
+        (("--iteration-s", "4"), "did you mean '--iterations'?"),
+        (("--segmentor", "x"), "did you mean '--segmenter'?"),
         (("--batch-size", "0"), "`batch_size` must be at least 1, got 0"),
         (("--config", "missing.json"), "missing.json does not exist; check --config"),
     ],

@@ -11,9 +11,10 @@ import argparse
 import dataclasses
 import difflib
 import json
+import math
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -108,14 +109,12 @@ def resolve_config(
         ValueError: a key is no field of any class (the nearest is named), or a value has another
             type than its field.
     """
-    hints = {name: hint for cls in classes for name, hint in _field_types(cls).items()}
+    hints = _all_field_types(classes)
     values: dict[str, Any] = {}
     for layer in overrides:
         for key, value in layer.items():
-            name = key.replace("-", "_")
-            if name not in hints:
-                raise ValueError(unknown_key(key, list(hints)))
-            values[name] = _check_value(name, value, hints[name])
+            name, checked = _check_item(key, value, hints)
+            values[name] = checked
     return tuple(
         cls(**{name: values[name] for name in _field_types(cls) if name in values})
         for cls in classes
@@ -123,9 +122,10 @@ def resolve_config(
 
 
 def unknown_key(key: str, known: Sequence[str]) -> str:
-    """Say that a key is unknown, and name the nearest."""
-    near = difflib.get_close_matches(key.replace("-", "_").lstrip("_"), known, n=1, cutoff=0.4)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    """Say that a key is unknown, and name the nearest; dashes and underscores are alike."""
+    names = {_plain(name): name for name in known}
+    near = difflib.get_close_matches(_plain(key), list(names), n=1, cutoff=0.4)
+    hint = f"; did you mean {names[near[0]]!r}?" if near else ""
     return f"unknown option {key!r}{hint}"
 
 
@@ -150,42 +150,105 @@ def parse_arguments(
         for name, hint in _field_types(cls).items():
             flag = "--" + name.replace("_", "-")
             options = _flag_options(hint)
-            options["help"] = f"default: {defaults[name]}"
+            options["help"] = f"default: {show_value(defaults[name])}".replace("%", "%%")
             group.add_argument(flag, dest=name, default=argparse.SUPPRESS, **options)
             names.append(name)
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
-        own = [action.dest for action in parser._actions]
-        parser.error(unknown_key(unknown[0].lstrip("-"), own))
-    given = vars(namespace)
-    return namespace, {name: given[name] for name in names if name in given}
+        parser.error(_describe_unknown(unknown[0], parser))
+    given = {name: value for name, value in vars(namespace).items() if name in names}
+    return namespace, {key: None if value == [None] else value for key, value in given.items()}
 
 
-def read_json(path: str | Path) -> dict[str, Any]:
-    """Read a configuration file; nested objects are flattened.
+def read_json(path: str | Path, classes: Sequence[type], own: Sequence[str] = ()) -> dict[str, Any]:
+    """Read a configuration file, flat or with objects that group its fields under any names.
+
+    Args:
+        path: of the file.
+        classes: dataclasses with disjoint field names.
+        own: further keys that the file may hold, with words as values.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is no JSON object.
+        ValueError: the file is no JSON object, a key is unknown (the nearest is named) or stands
+            twice, or a value has another type than its field. The file is named.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"the configuration file {path} does not exist; check --config")
-    try:
-        data = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} must be JSON, but {error}") from error
-    if not isinstance(data, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(data).__name__}")
+    hints = {**dict.fromkeys(own, str), **_all_field_types(classes)}
     flat: dict[str, Any] = {}
-    for key, value in data.items():
-        flat.update(value if isinstance(value, dict) else {key: value})
+    try:
+        data = json.loads(path.read_text(), object_pairs_hook=_Pairs)
+        if not isinstance(data, _Pairs):
+            raise ValueError(f"must hold a JSON object, got {type(data).__name__}")
+        for key, value in _leaves(data, hints):
+            name, checked = _check_item(key, value, hints)
+            if name in flat:
+                raise ValueError(f"`{name}` is given twice; keep one of them")
+            flat[name] = checked
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} must be JSON, but {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     return flat
+
+
+def changed_fields(*configs: Any) -> dict[str, tuple[Any, Any]]:
+    """List the fields that differ from their defaults, each with its value and its default."""
+    return {
+        field.name: (getattr(config, field.name), field.default)
+        for config in configs
+        for field in dataclasses.fields(config)
+        if getattr(config, field.name) != field.default
+    }
+
+
+def show_value(value: Any) -> str:
+    """Write a value as the command line takes it."""
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def config_as_dict(*configs: Any) -> dict[str, Any]:
     """Join the fields of configurations into one flat, JSON-ready dictionary."""
     return {name: value for config in configs for name, value in dataclasses.asdict(config).items()}
+
+
+class _Pairs(list[tuple[str, Any]]):
+    """A JSON object as it stands in the file: a key that stands twice is there twice."""
+
+
+def _leaves(pairs: _Pairs, known: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Walk through the values of an object and of those inside it that group fields."""
+    for key, value in pairs:
+        if isinstance(value, _Pairs) and _plain(key) not in known:
+            yield from _leaves(value, known)
+        else:
+            yield key, dict(value) if isinstance(value, _Pairs) else value
+
+
+def _check_item(key: str, value: Any, hints: Mapping[str, Any]) -> tuple[str, Any]:
+    """Return the field that a key names, and the value in the type of that field."""
+    name = _plain(key)
+    if name not in hints:
+        raise ValueError(unknown_key(key, list(hints)))
+    return name, _check_value(name, value, hints[name])
+
+
+def _describe_unknown(word: str, parser: argparse.ArgumentParser) -> str:
+    """Say what is wrong with a word of the command line that no argument takes."""
+    if not word.startswith("-"):
+        return f"unexpected argument {word!r}; every option has a name, see --help"
+    flags = [flag for action in parser._actions for flag in action.option_strings]
+    return unknown_key(word.split("=")[0], flags)
+
+
+def _plain(key: str) -> str:
+    return key.lstrip("-").replace("-", "_")
+
+
+def _all_field_types(classes: Sequence[type]) -> dict[str, Any]:
+    return {name: hint for cls in classes for name, hint in _field_types(cls).items()}
 
 
 def _field_types(cls: type) -> dict[str, Any]:
@@ -200,17 +263,26 @@ def _without_none(hint: Any) -> Any:
 
 
 def _flag_options(hint: Any) -> dict[str, Any]:
-    """The argparse options of a field's type."""
+    """The argparse options of a field's type; "none" clears an optional field."""
     kind = _without_none(hint)
     if kind is bool:
         return {"action": argparse.BooleanOptionalAction}
     if get_origin(kind) is Literal:
         return {"choices": get_args(kind), "type": type(get_args(kind)[0])}
-    if get_origin(kind) is tuple:
-        return {"nargs": "+", "type": get_args(kind)[0]}
-    if kind is not hint:
-        return {"type": lambda text: None if text.lower() == "none" else kind(text)}
-    return {"type": kind}
+    is_tuple = get_origin(kind) is tuple
+    item = get_args(kind)[0] if is_tuple else kind
+    return {
+        "type": item if kind is hint else _or_none(item),
+        **({"nargs": "+"} if is_tuple else {}),
+    }
+
+
+def _or_none(kind: type) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        return None if text.lower() == "none" else kind(text)
+
+    parse.__name__ = kind.__name__  # argparse says "invalid int value"
+    return parse
 
 
 def _check_value(name: str, value: Any, hint: Any) -> Any:
@@ -229,7 +301,9 @@ def _check_value(name: str, value: Any, hint: Any) -> Any:
             return tuple(_check_value(name, item, args[0]) for item in value)
         items = args[0].__name__ if count is None else f"{count} {args[0].__name__}"
         raise ValueError(f"`{name}` must be a list of {items}, got {value!r}")
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        if not math.isfinite(value):
+            raise ValueError(f"`{name}` must be a finite number, got {value}")
         return float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise ValueError(f"`{name}` must be {kind.__name__}, got {value!r}")
