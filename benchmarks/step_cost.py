@@ -2,10 +2,10 @@ r"""Count what a training step computes and keeps in memory, per crop, without a
 
     python benchmarks/step_cost.py segformer_b0 segformer_b4 segnext_b swin_b
 
-Each student is built with random weights and sees one training step of two crops, under a CLIP
-ViT-B/16 of random weights. The operations are those of matrix products, convolutions and
-attention, as torch.utils.flop_counter counts them in the forward pass, times three for what is
-trained; the memory is that of all tensors but parameters which autograd saves under bf16 autocast.
+Each student sees one training step of two crops under a CLIP ViT-B/16, all of it on tensors that
+have sizes but no numbers. The operations are those of matrix products, convolutions and attention,
+as torch.utils.flop_counter counts them in the forward pass, times three for what is trained; the
+memory is that of all tensors but parameters which autograd saves under bf16 autocast.
 A line per student comes out, for STEP_COSTS in cliptteacher/training/cost.py; the last line is
 JSON.
 """
@@ -21,7 +21,7 @@ import torch
 from cliptteacher.clip.model import CLIP, CLIPConfig
 from cliptteacher.framework import CLIPTeacher, CLIPTeacherConfig
 from cliptteacher.segmenters import build_segmenter, list_segmenters
-from cliptteacher.training.cost import StepCost, count_step
+from cliptteacher.training.cost import StepCost, count_step, without_numbers
 
 SEEN = 49  # classes with labels, as in PASCAL Context
 CROPS = 2  # what a GPU gets when eight share the paper's batch of 16
@@ -44,29 +44,29 @@ def main(argv: list[str] | None = None) -> None:
 
 def count(name: str, crop: int) -> StepCost:
     """Count one step of the literal recipe with this student."""
-    torch.manual_seed(0)
-    clip = CLIP(CLIPConfig())
     auxiliary = name.startswith("swin")
     options = {"auxiliary": True} if auxiliary else {}
-    student = build_segmenter(name, clip.embed_dim, **options)
+    with torch.device("meta"):
+        clip = CLIP(CLIPConfig())
+        student = build_segmenter(name, clip.embed_dim, **options)
     names = [f"class {number}" for number in range(SEEN)]
     method = CLIPTeacherConfig(auxiliary_weight=0.4 if auxiliary else 0.0)
     model = CLIPTeacher(clip, student, names, method).train()
-    images = torch.randint(256, (CROPS, 3, crop, crop), dtype=torch.uint8)
-    labels = torch.randint(SEEN, (CROPS, crop, crop))
-    labels[:, : crop // 4] = 255  # a quarter without labels, to be clustered
-    with torch.autocast("cpu", torch.bfloat16):
-        gflop, saved_gib = count_step(
+    with without_numbers(model), torch.autocast("cpu", torch.bfloat16):
+        images = torch.empty(CROPS, 3, crop, crop)
+        labels = torch.empty(CROPS, crop, crop, dtype=torch.uint8)
+        step = count_step(
             step=lambda: model(images, labels)["total"],
-            teacher_pass=lambda: model.encode(images.float() / 255),
+            teacher_pass=lambda: model.encode(images),
             model=model,
+            teacher=clip,
             crops=CROPS,
         )
     return StepCost(
-        gflop=round(gflop, 1),
-        saved_gib=round(saved_gib, 2),
-        trainable=round(sum(p.numel() for p in model.parameters()) / 1e6, 1),
-        frozen=round(sum(p.numel() for p in clip.parameters()) / 1e6, 1),
+        gflop=round(step.gflop, 1),
+        saved_gib=round(step.saved_gib, 2),
+        trainable=round(step.trainable, 1),
+        frozen=round(step.frozen, 1),
     )
 
 

@@ -21,8 +21,15 @@ from cliptteacher.data import SeenOnly, open_dataset
 from cliptteacher.data.catalog import BENCHMARKS
 from cliptteacher.framework import CLIPTeacher, CLIPTeacherConfig
 from cliptteacher.segmenters import build_segmenter
-from cliptteacher.training.config import TrainConfig
-from cliptteacher.training.cost import ASSUMED_TFLOPS, COUNTED_FOR, STEP_COSTS
+from cliptteacher.training.config import TrainConfig, changed_fields, show_flag, show_value
+from cliptteacher.training.cost import (
+    ASSUMED_TFLOPS,
+    COUNTED_FOR,
+    STEP_COSTS,
+    StepCount,
+    count_step,
+    without_numbers,
+)
 from cliptteacher.training.distributed import Process
 from cliptteacher.training.optimizer import parameter_groups
 from cliptteacher.training.paper_recipes import PAPER_ROWS, ROOTS
@@ -40,7 +47,7 @@ PAPER_GPUS = 8
 def dry_run(recipe: str, config: TrainConfig, method: CLIPTeacherConfig, process: Process) -> None:
     """Print the plan of a run of which nothing has been downloaded yet."""
     seen, unseen, images = count_data(config)
-    clip = build_clip(config.clip)
+    clip = build_clip(config.clip).to("meta")
     options = {"auxiliary": True} if method.auxiliary_weight > 0 else {}
     try:
         with torch.device("meta"):
@@ -48,11 +55,14 @@ def dry_run(recipe: str, config: TrainConfig, method: CLIPTeacherConfig, process
     except ValueError as error:
         raise SystemExit(f"error: {error}") from error
     # Words and templates change no size; encoding fifteen templates of 156 names takes a while.
-    model = CLIPTeacher(clip, segmenter, ["any"], replace(method, templates="single"))
+    names = [f"class {number}" for number in range(seen)]
+    model = CLIPTeacher(clip, segmenter, names, replace(method, templates="single"))
     groups = parameter_groups(
         model, config.learning_rate, config.weight_decay, config.head_multiplier
     )
     print_plan(recipe, config, groups, (seen, unseen), images, process)
+    print_resources(recipe, config, count(model, config, process.world_size))
+    print_changes(config, method)
 
 
 def print_plan(
@@ -64,11 +74,12 @@ def print_plan(
     process: Process,
 ) -> None:
     """Print what is about to happen; `classes` are those with and those without labels."""
+    epochs = config.iterations * config.batch_size / images
     print(
         f"recipe {recipe}: {config.segmenter} taught by CLIP {config.clip} on {config.data}, "
         f"{images} images, {classes[0]} classes with labels, {classes[1]} without\n"
         f"{config.iterations} iterations of {config.batch_size} crops of {config.crop} pixels, "
-        f"{process.world_size} processes on {process.device.type}, "
+        f"{epochs:.1f} epochs, {process.world_size} processes on {process.device.type}, "
         f"{torch.get_num_threads()} threads each, seed {config.seed}"
     )
     for group in groups:
@@ -77,16 +88,43 @@ def print_plan(
             f"  {group['name']:<20} {count / 1e6:7.3f} M parameters, "
             f"learning rate {group['base_lr']:.1e}, weight decay {group['weight_decay']}"
         )
+
+
+def print_resources(recipe: str, config: TrainConfig, step: StepCount) -> None:
+    """Print where the run will live, what it needs, and what the paper has to do with it."""
+    print(f"run directory: {config.output or f'runs/{recipe}-<date>'}")
+    total = step.state_gib + step.peak_gib
+    print(
+        f"memory of a process, counted for {step.crops} crops of {config.crop} pixels in "
+        f"{config.precision}: {total:.2f} GiB =\n"
+        f"  {step.state_gib:.2f} GiB weights, AdamW's moments and teacher (12 B x "
+        f"{step.trainable:.1f} M + 4 B x {step.frozen:.1f} M)\n"
+        f"  {step.peak_gib:.2f} GiB at the peak of a step: gradients, tensors saved for the "
+        f"backward pass, temporaries\n"
+        f"  not in it: PyTorch itself, workspaces and reserves of the libraries, data loading, "
+        f"evaluation"
+    )
     if recipe in PAPER_ROWS:
-        print_row(recipe, config)
+        print_row(recipe, config, step)
+    else:
+        print_cost(config, step)
 
 
-def print_row(recipe: str, config: TrainConfig) -> None:
+def print_changes(config: TrainConfig, method: CLIPTeacherConfig) -> None:
+    """Print the fields that differ from the defaults, which are the paper's."""
+    changes = changed_fields(config, method)
+    changes.pop("dry_run", None)
+    print("differs from the defaults:" if changes else "every field is as its default")
+    for name, (value, default) in changes.items():
+        print(f"  {show_flag(name, value):<38} default {show_value(default)}")
+
+
+def print_row(recipe: str, config: TrainConfig, step: StepCount) -> None:
     """Print what the paper reached, what it costs to try, and the commands."""
     row = PAPER_ROWS[recipe]
     four = "  ".join(f"{score:.1f}" for score in row.scores)
     print(f"paper, Table {row.table}: pAcc, mIoU(S), mIoU(U), hIoU  {four}")
-    print_cost(config)
+    print_cost(config, step)
     trained = f"coco_stuff_{config.segmenter}" if row.evaluate_on else recipe
     launch = f"torchrun --standalone --nproc_per_node={PAPER_GPUS}"
     root = shlex.quote(str(config.root))
@@ -102,16 +140,17 @@ def print_row(recipe: str, config: TrainConfig) -> None:
         print(f"{len(unseen)} of its {len(target)} classes are unseen: {', '.join(unseen)}")
 
 
-def print_cost(config: TrainConfig) -> None:
-    """Print hours and memory, and the arithmetic behind them."""
-    cost = STEP_COSTS.get(config.segmenter)
-    if cost is None or any(getattr(config, name) != value for name, value in COUNTED_FOR.items()):
-        print("cost: not counted for these networks and crops, see benchmarks/step_cost.py")
-        return
+def print_cost(config: TrainConfig, step: StepCount) -> None:
+    """Print hours and memory of GPUs, and the arithmetic behind them."""
+    kept = all(getattr(config, name) == value for name, value in COUNTED_FOR.items())
+    cost = STEP_COSTS.get(config.segmenter, step) if kept else step
     crops = config.iterations * config.batch_size
     hours = cost.gpu_hours(crops)
+    if hours < 0.05:  # a run for a CPU, whose speed nobody knows
+        print(f"operations: {crops} crops x {cost.gflop:.1f} GFLOP")
+        return
     print(
-        f"cost, estimated: {crops} crops x {cost.gflop} GFLOP / {ASSUMED_TFLOPS:g} TFLOP/s, "
+        f"cost, estimated: {crops} crops x {cost.gflop:.1f} GFLOP / {ASSUMED_TFLOPS:g} TFLOP/s, "
         f"assumed of an A100 in bf16, = {hours:.1f} GPU hours; a GPU takes "
         f"{cost.crops_per_second():.0f} crops a second"
     )
@@ -119,8 +158,25 @@ def print_cost(config: TrainConfig) -> None:
         share = -(-config.batch_size // gpus)
         print(
             f"  {gpus} GPU{'s' if gpus > 1 else ''}: {hours / gpus:.1f} hours, "
-            f"{cost.memory_gib(share):.1f} GiB each = 16 B x {cost.trainable} M + "
-            f"4 B x {cost.frozen} M + {share} crops x {cost.saved_gib} GiB"
+            f"{cost.memory_gib(share):.1f} GiB each = 16 B x {cost.trainable:.1f} M + "
+            f"4 B x {cost.frozen:.1f} M + {share} crops x {cost.saved_gib:.2f} GiB"
+        )
+
+
+def count(model: CLIPTeacher, config: TrainConfig, processes: int) -> StepCount:
+    """Count a step of one process; the model cannot be used afterwards."""
+    crops = -(-config.batch_size // processes)
+    size = (crops, config.crop, config.crop)
+    half = config.precision != "fp32"  # bf16 and fp16 take the same room
+    with without_numbers(model), torch.autocast("cpu", torch.bfloat16, enabled=half):
+        images = torch.empty(size[0], 3, *size[1:])
+        labels = torch.empty(size, dtype=torch.uint8)
+        return count_step(
+            step=lambda: model.train()(images, labels)["total"],
+            teacher_pass=lambda: model.encode(images),
+            model=model,
+            teacher=model.clip,
+            crops=crops,
         )
 
 

@@ -204,6 +204,14 @@ def changed_fields(*configs: Any) -> dict[str, tuple[Any, Any]]:
     }
 
 
+def show_flag(name: str, value: Any) -> str:
+    """Write a field and its value as the command line takes them."""
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{flag}" if value else f"--no-{flag}"
+    return f"--{flag} {show_value(value)}"
+
+
 def show_value(value: Any) -> str:
     """Write a value as the command line takes it."""
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
