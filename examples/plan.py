@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from learning import AUTOCAST, prepare_student
 from words import spelling
 
 from cliptteacher.clip import load_clip
@@ -55,6 +56,7 @@ def dry_run(recipe: str, config: TrainConfig, method: CLIPTeacherConfig, process
     except ValueError as error:
         raise SystemExit(f"error: {error}") from error
     # Words and templates change no size; encoding fifteen templates of 156 names takes a while.
+    segmenter = prepare_student(segmenter, config, process)
     names = [f"class {number}" for number in range(seen)]
     model = CLIPTeacher(clip, segmenter, names, replace(method, templates="single"))
     groups = parameter_groups(
@@ -93,12 +95,13 @@ def print_plan(
 def print_resources(recipe: str, config: TrainConfig, step: StepCount) -> None:
     """Print where the run will live, what it needs, and what the paper has to do with it."""
     print(f"run directory: {config.output or f'runs/{recipe}-<date>'}")
-    total = step.state_gib + step.peak_gib
+    averaged = step.trainable if config.ema_decay > 0 else 0.0
+    state = step.state_gib(averaged)
     print(
         f"memory of a process, counted for {step.crops} crops of {config.crop} pixels in "
-        f"{config.precision}: {total:.2f} GiB =\n"
-        f"  {step.state_gib:.2f} GiB weights, AdamW's moments and teacher (12 B x "
-        f"{step.trainable:.1f} M + 4 B x {step.frozen:.1f} M)\n"
+        f"{config.precision}: {state + step.peak_gib:.2f} GiB =\n"
+        f"  {state:.2f} GiB weights and AdamW's moments (12 B x {step.trainable:.1f} M), "
+        f"teacher and average (4 B x {step.frozen + averaged:.1f} M)\n"
         f"  {step.peak_gib:.2f} GiB at the peak of a step: gradients, tensors saved for the "
         f"backward pass, temporaries\n"
         f"  not in it: PyTorch itself, workspaces and reserves of the libraries, data loading, "
@@ -165,10 +168,10 @@ def print_cost(config: TrainConfig, step: StepCount) -> None:
 
 def count(model: CLIPTeacher, config: TrainConfig, processes: int) -> StepCount:
     """Count a step of one process; the model cannot be used afterwards."""
-    crops = -(-config.batch_size // processes)
+    crops = -(-config.batch_size // (processes * config.accumulate))
     size = (crops, config.crop, config.crop)
-    half = config.precision != "fp32"  # bf16 and fp16 take the same room
-    with without_numbers(model), torch.autocast("cpu", torch.bfloat16, enabled=half):
+    kind = AUTOCAST.get(config.precision)
+    with without_numbers(model), torch.autocast("cpu", kind, enabled=kind is not None):
         images = torch.empty(size[0], 3, *size[1:])
         labels = torch.empty(size, dtype=torch.uint8)
         return count_step(

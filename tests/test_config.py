@@ -204,6 +204,7 @@ FIELDS = [
     for name, field in cls.__dataclass_fields__.items()
 ]
 NAMES = [name for name, _, _ in FIELDS]
+ALLOWED = {"ema_decay": 0.75}  # where not every value of the type is
 NEEDED = {"data": {"root": "photos"}}  # what a value of a field asks of others
 
 
@@ -229,7 +230,7 @@ def other_value(hint: Any, default: Any) -> Any:
 def test_every_field_by_flag_and_by_file(
     name: str, hint: Any, default: Any, tmp_path: Path
 ) -> None:
-    value = other_value(hint, default)
+    value = ALLOWED.get(name, other_value(hint, default))
     flag = "--" + name.replace("_", "-")
     words = [flag, *map(str, value if isinstance(value, tuple) else (value,))]
     if isinstance(value, bool):

@@ -240,6 +240,31 @@ def test_what_is_not_in_the_table_is_counted_on_the_spot(
     assert "320000 crops x 2.0 GFLOP" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("options", "crops", "smaller"),
+    [
+        ("--precision bf16", 8, True),
+        ("--accumulate 4", 2, True),
+        ("--checkpoint-activations", 8, True),
+        ("--ema-decay 0.5", 8, False),
+    ],
+)
+def test_options_of_scale_change_the_memory(
+    options: str,
+    crops: int,
+    smaller: bool,
+    train: ModuleType,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    found = []
+    for more in ("", options):
+        train.main([*["--dry-run", "--device", "cpu", "--batch-size", "8"], *more.split()])
+        printed = capsys.readouterr().out
+        found.append(float(re.search(r"([\d.]+) GiB =", printed)[1]))
+    assert f"counted for {crops} crops" in printed
+    assert found[1] < 0.9 * found[0] if smaller else found[1] > found[0]
+
+
 def test_dry_run_of_the_first_command(
     train: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -329,7 +354,7 @@ def test_count_step_by_hand() -> None:
     assert real.saved_gib * 2**30 == pytest.approx(4 * (8 + 16 + 4))
     weights = 8 * 16 + 16 + 16 * 4 + 4
     assert (real.trainable, real.frozen, real.crops) == (weights / 1e6, 36 / 1e6, 5)
-    assert real.state_gib * 2**30 == pytest.approx(12 * weights + 4 * 36)
+    assert real.state_gib() * 2**30 == pytest.approx(12 * weights + 4 * 36)
     # at least: gradients, and what was saved for the backward pass
     assert real.peak_gib * 2**30 > 4 * (weights + 5 * (16 + 4))
 

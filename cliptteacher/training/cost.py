@@ -65,10 +65,13 @@ class StepCount(StepCost):
     crops: int
     peak_gib: float  # the most alive at one time: gradients, saved tensors and temporaries
 
-    @property
-    def state_gib(self) -> float:
-        """Weights, moments and teacher, which are always there, in 2**30 bytes."""
-        return (12 * self.trainable + 4 * self.frozen) * 1e6 / 2**30
+    def state_gib(self, averaged: float = 0.0) -> float:
+        """Weights, moments, teacher and a moving average, always there, in 2**30 bytes.
+
+        Args:
+            averaged: 1e6 parameters of which a moving average is kept.
+        """
+        return (12 * self.trainable + 4 * (self.frozen + averaged)) * 1e6 / 2**30
 
 
 # Crops of 512 pixels, CLIP ViT-B/16, 49 seen classes. Lines of
@@ -106,6 +109,7 @@ def count_step(
 
     A counted backward pass would be wrong: torch.utils.flop_counter takes the gradients of a
     depthwise convolution for those of a dense one. Nor does it know the CPU's fused attention.
+    What activation checkpointing computes again is no operation here, but its memory counts.
 
     Args:
         step: computes the total loss of ``model``, the pass of the teacher included.
@@ -129,15 +133,15 @@ def count_step(
         teacher_pass()
     parameters = [p for p in model.parameters() if p.requires_grad]
     with _LiveBytes() as live:
-        for parameter in parameters:  # those of the step before, while this one goes forward
+        for parameter in parameters:  # always there: DDP keeps its buckets
             parameter.grad = torch.empty_like(parameter)
         hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
         with FlopCounterMode(display=False, custom_mapping=fused) as both, hooks:
             total = step()
         own = {p.untyped_storage()._cdata for p in model.parameters()}
         memory = sum(saved[key] for key in saved.keys() - own)
-        model.zero_grad(set_to_none=True)
         total.backward()  # type: ignore[no-untyped-call]
+    model.zero_grad(set_to_none=True)
     operations = 3 * both.get_total_flops() - 2 * frozen.get_total_flops()
     return StepCount(
         gflop=operations / crops / 1e9,

@@ -53,16 +53,20 @@ def _recompute(module: nn.Module, forward: Any, *args: Any) -> Any:
 
 @contextmanager
 def _fixed_statistics(module: nn.Module) -> Iterator[None]:
-    """BatchNorm normalises by the batch as before, but counts it once only."""
+    """BatchNorm normalises by the batch as before, but counts it once only.
+
+    A momentum of 0 leaves the statistics as they are; without them the second pass would save
+    other tensors than the first, which PyTorch refuses.
+    """
     norms = [
-        norm
+        (norm, norm.momentum, norm.num_batches_tracked)
         for norm in module.modules()
         if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.track_running_stats
     ]
-    for norm in norms:
-        norm.track_running_stats = False
+    for norm, _, _ in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, momentum, count in norms:
+            norm.momentum, norm.num_batches_tracked = momentum, count
