@@ -258,7 +258,9 @@ def test_options_of_scale_change_the_memory(
 ) -> None:
     found = []
     for more in ("", options):
-        train.main([*["--dry-run", "--device", "cpu", "--batch-size", "8"], *more.split()])
+        train.main(
+            [*["--dry-run", "--device", "cpu", "--batch-size", "8", "--crop", "256"], *more.split()]
+        )
         printed = capsys.readouterr().out
         found.append(float(re.search(r"([\d.]+) GiB =", printed)[1]))
     assert f"counted for {crops} crops" in printed
