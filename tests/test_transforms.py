@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
@@ -97,6 +97,7 @@ def test_random_size_covers_the_range_of_factors() -> None:
     assert 115 < sum(heights) / len(heights) < 135  # U(0.5, 2) has mean 1.25
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_resizing_a_window_equals_cutting_it_out(data: st.DataObject) -> None:
     """To the last bit, whatever lies together in memory."""
@@ -113,8 +114,31 @@ def test_resizing_a_window_equals_cutting_it_out(data: st.DataObject) -> None:
     assert torch.equal(resize_image(image, size, window), expected)
     assert torch.equal(resize_image(packed, size, window), expected)
     whole = F.resize(label[None], list(size), InterpolationMode.NEAREST_EXACT)[0]
-    expected = whole[top : top + height, left : left + width]
-    assert torch.equal(resize_label(label, size, window), expected)
+    differs = torch.zeros(size, dtype=torch.bool)
+    inside = differs[top : top + height, left : left + width]  # a view
+    inside |= resize_label(label, size, window) != whole[top : top + height, left : left + width]
+    # PyTorch is not of one mind about centres on the border of two pixels.
+    rows, columns = (clear_centres(*pair) for pair in zip(shape, size, strict=True))
+    assert not differs[rows][:, columns].any()
+
+
+def clear_centres(pixels: int, resized: int) -> Tensor:
+    """Which resized pixels have their centre within a pixel, not on the border of two."""
+    return (2 * torch.arange(resized) + 1) * pixels % (2 * resized) != 0
+
+
+@pytest.mark.parametrize(
+    ("pixels", "sizes"),
+    [(128, range(96, 193)), (320, range(80, 321, 16)), (480, range(256, 1025, 48))],
+)
+def test_labels_at_a_tie_go_where_pytorch_puts_them(pixels: int, sizes: range) -> None:
+    """Miniworld resizes 128 to 96..192; 96 and many others have centres on borders."""
+    label = noise(pixels, 6)
+    assert not all(clear_centres(pixels, resized).all() for resized in sizes)
+    for resized in sizes:
+        whole = F.resize(label[None], [resized, 6], InterpolationMode.NEAREST_EXACT)[0]
+        window = Window(0, 0, resized, 6)
+        assert torch.equal(resize_label(label, (resized, 6), window), whole)
 
 
 def plain_crop(label: Tensor, crop: int, share: float) -> tuple[int, int]:
@@ -266,6 +290,7 @@ def test_photometric_distortion_of_strength_zero_changes_nothing() -> None:
         assert torch.equal(photometric_distortion(image, 0.0), image)
 
 
+@settings(deadline=None)
 @given(
     st.tuples(*[st.integers(0, 255)] * 3),
     st.sampled_from([0.0, 1.0]) | st.floats(0, 3),

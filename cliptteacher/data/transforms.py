@@ -156,7 +156,9 @@ def resize_label(label: Tensor, size: tuple[int, int], window: Window) -> Tensor
         window: part of the whole that is wanted.
 
     Returns:
-        (height, width) of the window, equal to resizing everything and cutting it out.
+        (height, width) of the window, equal to resizing everything and cutting it out. A centre
+        on the border of two pixels may go to either, if there are ten pixels or fewer: PyTorch
+        itself decides that by the size of the image.
     """
     rows = _nearest(label.shape[0], size[0])[window.top : window.top + window.height]
     columns = _nearest(label.shape[1], size[1])[window.left : window.left + window.width]
@@ -333,9 +335,10 @@ def _interpolate(pixels: Tensor, height: int, width: int) -> Tensor:
 @lru_cache(maxsize=2)  # rows and columns: a window that is drawn again asks again
 def _nearest(pixels: int, resized: int) -> NDArray[np.int64]:
     """Return which of so many pixels in a row is nearest to each one of the resized row."""
-    index = torch.arange(pixels, dtype=torch.float32)[None, None]
-    nearest = nn.functional.interpolate(index, resized, mode="nearest-exact")
-    return nearest[0, 0].numpy().astype(np.int64)
+    # As an image of one row, which rounds as whole images do.
+    index = torch.arange(pixels, dtype=torch.float32).reshape(1, 1, 1, pixels)
+    nearest = nn.functional.interpolate(index, (1, resized), mode="nearest-exact")
+    return nearest.flatten().numpy().astype(np.int64)
 
 
 def _randint(high: int) -> int:
