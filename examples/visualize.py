@@ -5,6 +5,7 @@ r"""Draw what a trained student and its teacher see: Figures 5, 6 and 7 of arXiv
         --output figures
 
 figure5.png   attention of the GLM, Eq. (1): where the CLS token looks among the student's features
+figure5.json  the same in figures, over the first images of the split
 figure6.png   K-Means of CLIP's dense tokens without annotation: centres, and what fusion makes
 figure7.png   predictions, with the unseen classes alone in the last column
 
@@ -32,11 +33,14 @@ from cliptteacher.glm import attention_weights
 from cliptteacher.inference import TrainedSegmenter, load_segmenter
 from cliptteacher.plm import PixelLearningModule
 from cliptteacher.training.config import resolve_config
+from cliptteacher.training.run import write_json
 from cliptteacher.visualize import cluster_map, heat_map, overlay, prediction_panel, write_png
 
 GAP, MARGIN, TITLE = 10, 14, 30
 PAPER, INK, SOFT = (255, 255, 255), (40, 40, 40), (110, 116, 124)
 CENTERS = 4  # of Figure 6: the largest one of each of the largest groups
+MEASURED = 64  # images whose attention is measured
+KINDS = ("seen", "unseen", "no label")
 OVERLAY_MARGIN = 12  # of the pictures of `overlay`
 
 
@@ -94,6 +98,14 @@ def draw(args: argparse.Namespace) -> None:
     for name, picture in pictures.items():
         write_png(picture, args.output / f"{name}.png")
         print(f"{args.output / name}.png")
+    measured = measure_attention(dataset, trained, clip)
+    write_json(measured, args.output / "figure5.json")
+    print(
+        f"attention over {measured['images']} images: as if spread evenly over "
+        f"{measured['effective_share']:.1%} of the positions, largest weight "
+        f"{measured['peak']:.2f} x the mean, share over area "
+        + ", ".join(f"{name} {lift:.2f}" for name, lift in measured["lift"].items())
+    )
 
 
 def choose_samples(
@@ -126,8 +138,7 @@ def attention_figure(
     rows: list[list[Image.Image]] = []
     captions: list[str] = []
     for sample in samples:
-        features = trained.segmenter(sample.image[None].float() / 255)
-        weights = attention_weights(features, encode(clip, sample).cls)[0]
+        weights = attention_of(sample, trained, clip)
         pictures = [
             plain(sample.image),
             heat_map(sample.image, weights),
@@ -138,19 +149,58 @@ def attention_figure(
     return grid(rows, ["image", "attention of the GLM", "labels"], captions)
 
 
-def attention_caption(weights: Tensor, sample: Sample, unseen: Sequence[int]) -> str:
-    """Say how attention and area are divided among seen, unseen and unlabelled pixels."""
+def measure_attention(
+    dataset: SegmentationDataset, trained: TrainedSegmenter, clip: CLIP
+) -> dict[str, Any]:
+    """Measure how far the attention of Eq. (1) is from the plain mean, over some images.
+
+    ``effective_share`` is exp(entropy) over the number of positions: 1 for a plain mean. ``lift``
+    is the attention on a kind of pixels over their area, 1 for a plain mean too.
+    """
+    lookup = ClassSplit(dataset.class_names, dataset.unseen).seen_lookup()
+    count = min(MEASURED, len(dataset))
+    spread, peak = 0.0, 0.0
+    sums = {name: [0.0, 0.0] for name in KINDS}
+    for index in range(count):
+        image, labels = cut_to_patches(*dataset[index], clip.patch_size, trained.resize)
+        sample = Sample(dataset.image_name(index), image, labels, lookup[labels.long()])
+        weights = attention_of(sample, trained, clip)
+        spread += float(torch.special.entr(weights).sum().exp()) / weights.numel() / count
+        peak += float(weights.max() / weights.mean()) / count
+        for name, (share, area) in attention_shares(weights, sample, dataset.unseen).items():
+            sums[name][0] += share
+            sums[name][1] += area
+    lift = {name: share / area for name, (share, area) in sums.items() if area > 0}
+    return {"images": count, "effective_share": spread, "peak": peak, "lift": lift}
+
+
+def attention_of(sample: Sample, trained: TrainedSegmenter, clip: CLIP) -> Tensor:
+    """W of Eq. (1), (h, w), with the student's features and the teacher's CLS token."""
+    features = trained.segmenter(sample.image[None].float() / 255)
+    return attention_weights(features, encode(clip, sample).cls)[0]
+
+
+def attention_shares(
+    weights: Tensor, sample: Sample, unseen: Sequence[int]
+) -> dict[str, tuple[float, float]]:
+    """Shares of attention and area of the seen, unseen and unlabelled pixels, if there are any."""
     size = (sample.labels.shape[0], sample.labels.shape[1])
     large = torch.nn.functional.interpolate(weights[None, None], size, mode="nearest-exact")[0, 0]
     large = large / large.sum()
     is_unseen = torch.isin(sample.labels.long(), torch.tensor(list(unseen)))
     none = sample.labels == IGNORE_INDEX
-    parts: list[str] = []
-    for name, mask in (("seen", ~is_unseen & ~none), ("unseen", is_unseen), ("no label", none)):
-        if mask.any():
-            parts.append(
-                f"{name} {float(large[mask].sum()):.0%} / {float(mask.float().mean()):.0%}"
-            )
+    masks = dict(zip(KINDS, (~is_unseen & ~none, is_unseen, none), strict=True))
+    return {
+        name: (float(large[mask].sum()), float(mask.float().mean()))
+        for name, mask in masks.items()
+        if mask.any()
+    }
+
+
+def attention_caption(weights: Tensor, sample: Sample, unseen: Sequence[int]) -> str:
+    """Say how attention and area are divided among seen, unseen and unlabelled pixels."""
+    shares = attention_shares(weights, sample, unseen)
+    parts = [f"{name} {share:.0%} / {area:.0%}" for name, (share, area) in shares.items()]
     peak = float(weights.max() / weights.mean())
     return f"{sample.name}: attention / area: {', '.join(parts)}; peak {peak:.1f} x the mean"
 

@@ -1,9 +1,10 @@
 """`examples/visualize.py`: the figures of a tiny run, and what their captions claim."""
 
 import importlib
+import json
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -39,7 +40,10 @@ def test_three_figures_of_a_run(
     argv = ["--checkpoint", str(tmp_path / "run"), "--output", str(tmp_path / "figures")]
     visualize.main([*argv, "--images", "2"])
     files = [str(tmp_path / "figures" / f"figure{k}.png") for k in (5, 6, 7)]
-    assert capsys.readouterr().out.splitlines() == files
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[:3] == files and printed[3].startswith("attention over 2 images: as if spread")
+    measured = json.loads((tmp_path / "figures" / "figure5.json").read_text())
+    assert measured["images"] == 2 and 0 < measured["effective_share"] <= 1 <= measured["peak"]
     sizes = [Image.open(file).size for file in files]
     side = 208  # the recipe fits 64 pixels into 107, whole patches make 104, enlarged by two
     assert sizes[0][0] >= 3 * side and sizes[1][0] >= 8 * side and sizes[2][0] >= 4 * side
@@ -62,6 +66,25 @@ def test_the_caption_divides_attention_and_area(visualize: ModuleType) -> None:
         "x: attention / area: seen 20% / 50%, unseen 75% / 44%, no label 5% / 6%; "
         "peak 2.4 x the mean"
     )
+
+
+def test_attention_is_measured_against_the_plain_mean(
+    visualize: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_dataset(tmp_path / "data", NAMES, UNSEEN)
+    dataset = FolderDataset(tmp_path / "data", "train")
+    trained, clip = SimpleNamespace(resize=None), SimpleNamespace(patch_size=8)
+    even = torch.full((8, 8), 1 / 64)
+    monkeypatch.setattr(visualize, "attention_of", lambda *_: even)
+    found = visualize.measure_attention(dataset, trained, clip)
+    assert found["effective_share"] == pytest.approx(1) and found["peak"] == pytest.approx(1)
+    assert found["lift"] == pytest.approx({"seen": 1, "unseen": 1, "no label": 1})
+    top = torch.zeros(8, 8)
+    top[0] = 1 / 8  # the upper eight rows of pixels, two of which have no label
+    monkeypatch.setattr(visualize, "attention_of", lambda *_: top)
+    found = visualize.measure_attention(dataset, trained, clip)
+    assert found["effective_share"] == pytest.approx(1 / 8) and found["peak"] == pytest.approx(8)
+    assert found["lift"]["no label"] == pytest.approx((2 / 8) / (2 / 64))
 
 
 def test_centres_alone_are_the_largest_of_the_largest_groups(visualize: ModuleType) -> None:
