@@ -210,7 +210,7 @@ def work_off(runs: Sequence[Run], jobs: int, every: float, commit: str | None) -
                 printed = time.monotonic()
     finally:
         for run in running:
-            run.stop()
+            run.stop(commit)
 
 
 def drop_hopeless(waiting: list[Run]) -> None:

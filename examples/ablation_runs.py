@@ -125,18 +125,7 @@ class Run:
         """Look whether the process has ended; if so, note how it went."""
         if self.process is None or self.process.poll() is None:
             return False
-        code, self.process = self.process.returncode, None
-        for file in self._open:
-            file.close()
-        attempt = {
-            "command": shlex.join(["python", *self.command]),
-            "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "commit": commit,
-            "seconds": round(time.monotonic() - self.began, 1),
-            "exit": code,
-        }
-        with (self.folder / "attempts.jsonl").open("a") as file:
-            file.write(json.dumps(attempt) + "\n")
+        code = self._record(commit)
         if code != 0:
             lines = (self.folder / "log.txt").read_text(errors="replace").splitlines()[-TAIL:]
             self.problem = "\n".join([f"exit status {code}", *lines])
@@ -144,11 +133,36 @@ class Run:
             self.problem = f"it ended without final scores; see {self.folder / 'log.txt'}"
         return True
 
-    def stop(self) -> None:
-        """End the process; the run can be resumed."""
+    def _record(self, commit: str | None) -> int:
+        """Write an ended attempt down, and give the folder free."""
+        assert self.process is not None
+        code, self.process = self.process.returncode, None
+        for file in self._open:
+            file.close()
+        attempt = {
+            "command": self.readable_command(),
+            "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "commit": commit,
+            "seconds": round(time.monotonic() - self.began, 1),
+            "exit": code,
+        }
+        with (self.folder / "attempts.jsonl").open("a") as file:
+            file.write(json.dumps(attempt) + "\n")
+        return int(code)
+
+    def readable_command(self) -> str:
+        """The command as one types it in the folder of the project."""
+        program = Path(self.command[0])
+        inside = PROGRAMS in program.parents
+        first = f"{PROGRAMS.name}/{program.name}" if inside else self.command[0]
+        return shlex.join(["python", first, *self.command[1:]])
+
+    def stop(self, commit: str | None) -> None:
+        """End the process; train.py saves a checkpoint first, so that the run can be resumed."""
         if self.process is not None:
             self.process.terminate()
             self.process.wait()
+            self._record(commit)
 
     def summary(self) -> dict[str, Any]:
         """Collect what is known of this run, for the JSON file."""
@@ -160,7 +174,7 @@ class Run:
             "scores": scores and {name: scores[name] for name in (*SCORES, "IoU")},
             "gamma": self.gamma(),
             "split": self.expected.get("test_split", self.expected.get("split")),
-            "command": shlex.join(["python", *self.command]),
+            "command": self.readable_command(),
             "minutes": round(sum(a["seconds"] for a in attempts) / 60, 2) if attempts else None,
             "commit": attempts[-1]["commit"] if attempts else None,
             "date": attempts[-1]["date"] if attempts else None,

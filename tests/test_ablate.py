@@ -121,6 +121,7 @@ def test_calibration_follows_every_trained_row(ablate: ModuleType, tmp_path: Pat
     assert {name for name, _ in runs if "@" in name} == {f"{name}@val" for name in trained}
     run = runs["no_glm@val", 2]
     assert run.needs is runs["no_glm", 2] and not run.trains
+    assert run.readable_command().startswith("python examples/evaluate.py --split test")
     words = " ".join(run.command)
     assert "--split test" in words and "--calibrate val" in words and "--gamma " not in words
     assert f"--checkpoint {runs['no_glm', 2].folder}" in words
@@ -245,7 +246,9 @@ def test_an_interrupt_ends_the_processes(ablate: ModuleType, tmp_path: Path) -> 
     run.poll = lambda commit: (_ for _ in ()).throw(KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         ablate.work_off([run], 1, 60, None)
-    assert run.process.poll() is not None
+    assert run.process is None
+    attempt = json.loads((run.folder / "attempts.jsonl").read_text())
+    assert attempt["exit"] != 0 and attempt["seconds"] < 50
 
 
 # the report
@@ -340,6 +343,7 @@ def test_the_json_holds_every_run(reported: tuple[str, Any, Path]) -> None:
     assert rows["no_ce"]["hIoU"]["mean"] == 55 and rows["no_ce"]["paper"]["hIoU"] == 38.4
     assert rows["no_ce"]["hIoU"]["change_by_seed"] == [-10, -9]
     assert content["runs"][0]["scores"]["IoU"] == {"sand": 1.0}
+    assert content["runs"][0]["command"] == "python train.py"
     assert content["settings"]["environment"]["commit"] == "abc"
 
 
