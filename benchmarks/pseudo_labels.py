@@ -97,7 +97,8 @@ def main(argv: list[str] | None = None) -> None:
             results[name] = {**measure(batches, grouping), "seconds": time.monotonic() - began}
             print(f"{name:<28} {' '.join(cells(results[name]))}", flush=True)
     images = sum(len(batch.seen) for batch in batches)
-    settings = {**vars(args), "output": str(args.output), "images": images, "clip": config.clip}
+    settings = {**vars(args), "images": images, "clip": config.clip}
+    del settings["output"]
     text = markdown(results, settings)
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "pseudo_labels.md").write_text(text)
