@@ -33,6 +33,7 @@ KMEANS = [
     ("default number of iterations", "iterations: int = 10\n", "iterations: int = 9\n", DEFAULTS),
     ("default scales", "scales: Sequence[int] = (3, 7), seeding", "scales: Sequence[int] = (3, 6), seeding", DEFAULTS),
     ("default seeding", 'seeding: Seeding = "grid"\n', 'seeding: Seeding = "window"\n', DEFAULTS),
+    ("ties go to the last centre", "similarity.argmax(dim=2)", "similarity.flip(2).argmax(dim=2).sub(similarity.shape[2] - 1).neg()"),
 ]
 
 FUSION = [
@@ -77,6 +78,11 @@ GLM = [
     ("default size of the module's bank", "bank_size: int = 24", "bank_size: int = 25", DEFAULTS),
     ("default size of the bank", "def __init__(self, size: int = 24)", "def __init__(self, size: int = 23)", DEFAULTS),
     ("restored bank on top of the old one", "self._batches.clear()", "pass", {"select": "round_trip"}),
+    ("float64 rounded to float32", "query = F.normalize(full_precision(cls), dim=1)", "query = F.normalize(cls.float(), dim=1)", {"select": "gradcheck"}),
+    ("the bank rounds float64", "full_precision(cls.detach())", "cls.detach().float()", {"select": "float64"}),
+    ("maps of half precision averaged as they are", "full_precision(features).mean", "features.mean", {"select": "bfloat16 or half"}),
+    ("windows of interleaved pixels", "maps.reshape(B, C, n, H // n, n, W // n).permute(0, 2, 4, 1, 3, 5)", "maps.reshape(B, C, H // n, n, W // n, n).permute(0, 3, 5, 1, 2, 4)", {"select": "windows"}),
+    ("sides that windows do not divide", "if H % n or W % n:", "if H % n and W % n:", {"select": "windows"}),
 ]
 
 VLA = [
@@ -188,6 +194,13 @@ METRICS = [
     ("class A accepted", "high >= num_classes", "high > num_classes", ONE_PROCESS),
     ("every process its own matrix", "dist.all_reduce(total)", "dist.barrier()", {"select": "processes"}),
     ("matrix may be reduced twice", "self._reduced = True", "self._reduced = False", {"select": "processes"}),
+    ("predictions checked where ignored", 'pred, label = pred[keep].long(), label[keep].long()', 'pred, label = pred.long()[keep], label[keep].long()\n    _check_range("pred", pred.new_tensor([300]), num_classes)', ONE_PROCESS),
+    ("accuracy of the seen classes", "self.matrix.diagonal().sum().double() / self.matrix.sum()", "self.matrix.diagonal()[self.seen].sum().double() / self.matrix[self.seen].sum()", ONE_PROCESS),
+    ("a class named twice accepted", "len(set(unseen)) != len(unseen) or", "", ONE_PROCESS),
+    ("negative values accepted", "if low < 0 or high", "if high", ONE_PROCESS),
+    ("predictions not checked", '_check_range("pred", pred, num_classes)', "pass", ONE_PROCESS),
+    ("reset keeps the matrix", "self.matrix = torch.zeros(self.num_classes, self.num_classes, dtype=torch.int64)", "self.matrix = getattr(self, 'matrix', torch.zeros(self.num_classes, self.num_classes, dtype=torch.int64))", ONE_PROCESS),
+    ("matrix in 32 bits", "self.num_classes, dtype=torch.int64)", "self.num_classes, dtype=torch.int32)", ONE_PROCESS),
 ]
 
 FRAMEWORK = [
@@ -270,6 +283,16 @@ CLIP_MODEL = [
     ("no norm behind the text", "self.ln_final(self.transformer(x))", "self.transformer(x)"),
     ("GELU of tanh", "else nn.GELU()", 'else nn.GELU("tanh")'),
     ("dense tokens with the CLS token", "final=_to_map(x[:, 1:], h, w)", "final=_to_map(x[:, :-1], h, w)"),
+    ("sizes not compared with the dimensions", "if len(shape) != dimensions or 0 in shape:", "if False:", {"tests": ("clip_weights",), "select": "damaged"}),
+    ("empty sizes accepted", " or 0 in shape:", ":", {"tests": ("clip_weights",), "select": "damaged"}),
+    ("odd widths accepted", "if width % _num_heads(width):", "if False:", {"tests": ("clip_weights",), "select": "heads"}),
+    ("one axis of the image checked", "if H % self.patch_size or W % self.patch_size", "if H % self.patch_size"),
+    ("longer texts than the context", "ids.shape[1] > self.config.context_length", "ids.shape[1] > 1000"),
+    ("positions start at one", "self.positional_embedding[: ids.shape[1]]", "self.positional_embedding.roll(1, 0)[: ids.shape[1]]"),
+    ("text and image projections swapped in size", "torch.empty(config.text_width, config.embed_dim)", "torch.empty(config.embed_dim, config.text_width)"),
+    ("class token without position", "cls, tokens), dim=1) + positions)", "cls, tokens + positions[1:]), dim=1))"),
+    ("MLP of three widths", "c_fc=nn.Linear(width, 4 * width)", "c_fc=nn.Linear(width, 3 * width)"),
+    ("epsilon of the blocks", "self.ln_2 = nn.LayerNorm(width)", "self.ln_2 = nn.LayerNorm(width, eps=1e-6)"),
 ]
 
 CONVERT = [
@@ -300,6 +323,60 @@ ARCHIVE = [
     ("any module allowed", 'module.startswith("__torch__.")', 'module.startswith("__torch__")'),
     ("any storage allowed", 'if module == "torch" and name in _DTYPE_OF_STORAGE:', "if name in _DTYPE_OF_STORAGE:", {"select": "hostile"}),
     ("byte order not checked", '!= b"little"', '== b""'),
+    ("a negative offset accepted", " and offset >= 0", ""),
+    ("a negative stride accepted", "and all(step >= 0 for step in stride)", ""),
+    ("endless repetition accepted", " and math.prod(shape) <= len(numbers))", ")"),
+    ("length of a storage not checked", "if num_bytes != storage.length * storage.dtype.itemsize:", "if False:"),
+    ("any persistent object taken for a storage", 'if kind != "storage" or not isinstance(dtype, torch.dtype):', "if False:"),
+    ("root may be anything", "if not isinstance(module, _Module):", "if False:"),
+    ("state of a module may be anything", "if not isinstance(state, dict):", "if False:"),
+    ("half precision read as bfloat16", '"HalfStorage": torch.float16', '"HalfStorage": torch.bfloat16'),
+    ("every name allowed", 'if f"{module}.{name}" not in allowed:', "if False:", {"select": "hostile"}),
+    ("a refused name is imported", 'raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is refused")', "return super().find_class(module, name)", {"select": "hostile"}),
+]
+
+SAFETENSORS = [
+    ("length of the header big-endian", 'int.from_bytes(file.read(8), "little")', 'int.from_bytes(file.read(8), "big")'),
+    ("numbers read from the start of the file", "file.seek(start + begin)", "file.seek(begin)"),
+    ("numbers read from the first tensor on", "file.seek(start + begin)", "file.seek(start)"),
+    ("notes taken for a tensor", 'header.pop("__metadata__", None)', "pass"),
+    ("half precision read as bfloat16", '"F16": torch.float16', '"F16": torch.bfloat16'),
+    ("unsigned bytes read as signed", '"U8": torch.uint8', '"U8": torch.int8'),
+    ("end beyond the file", "end > num_bytes or ", ""),
+    ("size not compared with the shape", " or end - begin != math.prod(shape) * dtype.itemsize", ""),
+    ("negative sizes", "isinstance(n, int) and n >= 0 for", "isinstance(n, int) for"),
+    ("fractional sizes", "isinstance(n, int) and n >= 0 for", "n >= 0 for"),
+    ("unknown type guessed", "if entry[\"dtype\"] not in _DTYPES:", "if False:"),
+    ("shape in reverse", ".reshape(shape)", ".reshape(shape[::-1])"),
+]
+
+WEIGHTS = [
+    ("model left trainable", "clip.requires_grad_(False).eval()", "clip.eval()"),
+    ("model left in training mode", "clip.requires_grad_(False).eval()", "clip.requires_grad_(False)"),
+    ("half precision kept", "name: t.float() for name, t in weights.items()", "name: t for name, t in weights.items()"),
+    ("names and shapes not compared", "    _check_names_and_shapes(weights, clip.state_dict())\n", ""),
+    ("missing names not listed", "for name in expected if name not in weights]", "for name in expected if False]"),
+    ("unexpected names not listed", "for name in weights if name not in expected]", "for name in weights if False]"),
+    ("shapes not compared", "if shape != wanted:", "if False:"),
+    ("integers accepted", "elif not weights[name].is_floating_point():", "elif False:"),
+    ("activation of the file ignored", "activation or weights.activation or", "activation or"),
+    ("activation of the caller ignored", "activation or weights.activation or", "weights.activation or"),
+    ("GELU by default", 'or "quick_gelu")', 'or "gelu")'),
+    ("mean and deviation swapped", "clip.image_mean = torch.tensor(IMAGE_MEAN)", "clip.image_mean = torch.tensor(IMAGE_STD)"),
+    ("random numbers drawn", 'with torch.device("meta"):', 'with torch.device("cpu"):'),
+    ("a pickle may hold anything", "map_location=\"cpu\", weights_only=True)", "map_location=\"cpu\", weights_only=False)", {"tests": ("clip_archive",)}),
+    ("archive read as a pickle", "if is_torchscript(_names_in_zip(path)):", "if False:"),
+    ("too large numbers saved as infinite", "if not bool(half.isfinite().all()):", "if bool(half.isnan().any()):"),
+    ("half-written file left", "partial.unlink(missing_ok=True)", "pass"),
+    ("written under its name at once", 'target.with_name(f"{target.name}.{os.getpid()}.partial")', "target"),
+    ("rows shifted by one", "table[ids.long()] = rows", "table[ids.long() - 1] = rows"),
+    ("rows written over each other", "sparse[f\"{_TOKENS}.rows\"] = table[ids]", "sparse[f\"{_TOKENS}.rows\"] = table[ids].flip(0)"),
+    ("rows beyond the table", "int(ids.max()) < vocabulary", "int(ids.max()) <= vocabulary"),
+    ("rows before the table", "int(ids.min()) >= 0 and", ""),
+    ("shape of the table not checked", "shape.tolist() if shape.shape == (2,) else (-1, -1)", "shape.tolist()"),
+    ("names of any type", "isinstance(name, str) and isinstance(tensor, Tensor) for", "isinstance(tensor, Tensor) for"),
+    ("wrapped state dicts refused", 'content = content["state_dict"]', "pass"),
+    ("pickles before safetensors", '*("model.safetensors", "pytorch_model.bin"),', '*("pytorch_model.bin", "model.safetensors"),'),
 ]
 
 TOKENIZER = [
@@ -322,6 +399,11 @@ TOKENIZER = [
     ("second half of a pair repeated", "position += 2\n", "position += 1\n", {"select": "known_sentence"}),
     ("soft hyphen printable", "*range(0xA1, 0xAD), *range(0xAE, 0x100)", "*range(0xA1, 0x100)"),
     ("marks in the other order", "symbols += [START_OF_TEXT, END_OF_TEXT]", "symbols += [END_OF_TEXT, START_OF_TEXT]"),
+    ("texts joined without their start", "[tokenizer.start_id, *tokenizer.encode(text), tokenizer.end_id]", "[*tokenizer.encode(text), tokenizer.end_id]"),
+    ("texts joined without their end", "[tokenizer.start_id, *tokenizer.encode(text), tokenizer.end_id]", "[tokenizer.start_id, *tokenizer.encode(text)]"),
+    ("padded with the end mark", "rows = torch.zeros(len(texts), context_length, dtype=torch.int64)", "rows = torch.full((len(texts), context_length), 49407)"),
+    ("a single string taken for its letters", "[texts] if isinstance(texts, str) else texts", "list(texts)"),
+    ("default context", "CONTEXT_LENGTH = 77", "CONTEXT_LENGTH = 76"),
 ]
 
 PROMPTS = [
@@ -394,6 +476,8 @@ GROUPS = [
     ("clip/model.py", ("clip_model",), CLIP_MODEL),
     ("clip/convert.py", ("clip_weights", "clip_model"), CONVERT),
     ("clip/archive.py", ("clip_archive",), ARCHIVE),
+    ("clip/safetensors.py", ("clip_safetensors",), SAFETENSORS),
+    ("clip/weights.py", ("clip_weights",), WEIGHTS),
     ("clip/tokenizer.py", ("tokenizer",), TOKENIZER),
     ("clip/prompts.py", ("prompts",), PROMPTS),
     ("data/splits.py", ("splits", "leaks"), SPLITS),

@@ -318,6 +318,20 @@ def test_only_ignored_pixels() -> None:
     assert torch.isfinite(gradient).all()
 
 
+def test_what_an_ignored_pixel_weighs_by_hand() -> None:
+    """A negative of every class: one pixel of four in the focal term, in the area of the dice."""
+    logits = torch.zeros(1, 2, 2, 2, dtype=torch.float64, requires_grad=True)
+    terms = nel(logits, torch.tensor([[[0, 255], [0, 1]]]))  # two present pairs, p = 1/2
+    (focal,) = torch.autograd.grad(terms.focal, logits)
+    (dice,) = torch.autograd.grad(terms.dice, logits)
+    negative = 0.75 * (2 * 0.5 * 0.25 * math.log(2) + 0.5**2 * 0.5)  # d/dx of p^2 softplus(x)
+    expected = torch.full((2,), 100 * negative / 4 / 2, dtype=torch.float64)
+    torch.testing.assert_close(focal[0, :, 0, 1], expected)
+    # d/dp of -(2 overlap + 1) / (p + t + 1), times p (1 - p), over two pairs
+    expected = torch.tensor([3 / 5**2, 2 / 4**2], dtype=torch.float64) * 0.25 / 2
+    torch.testing.assert_close(dice[0, :, 0, 1], expected)
+
+
 def test_other_ignore_index_and_small_label_types() -> None:
     logits, labels = random_masks(8)
     moved = labels.masked_fill(labels == 255, -1)

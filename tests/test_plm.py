@@ -6,6 +6,8 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from test_fusion import loop_fusion
+from test_kmeans import loop_kmeans, loop_windows
 from torch import Tensor
 
 from cliptteacher.fusion import fuse_clusters
@@ -248,6 +250,27 @@ def test_cross_entropy_equals_a_loop(seen_competition: bool) -> None:
 
 
 @pytest.mark.parametrize("seen_competition", [True, False])
+def test_a_pixel_without_label_has_no_weight(seen_competition: bool) -> None:
+    seen, potential = leaf(1, 3, 2, 2), leaf(1, 2, 2, 2, seed=1)
+    labels = torch.tensor([[[0, -1], [4, 1]]])
+    loss = pixel_cross_entropy(seen, potential, labels, seen_competition)
+    for gradient in torch.autograd.grad(loss, (seen, potential)):
+        assert not gradient[:, :, 0, 1].any()
+        assert gradient[:, :, 1, 0].all()
+    with_two = torch.stack((labels[:, 0, 0], labels[:, 1, 1]), 1)[:, None]  # the seen ones alone
+    alone = pixel_cross_entropy(
+        torch.stack((seen[:, :, 0, 0], seen[:, :, 1, 1]), 2)[:, :, None],
+        torch.stack((potential[:, :, 0, 0], potential[:, :, 1, 1]), 2)[:, :, None],
+        with_two,
+        seen_competition,
+    )
+    third = pixel_cross_entropy(
+        seen[:, :, 1:, :1], potential[:, :, 1:, :1], labels[:, 1:, :1], seen_competition
+    )
+    torch.testing.assert_close(loss, (2 * alone + third) / 3)  # every labelled pixel counts once
+
+
+@pytest.mark.parametrize("seen_competition", [True, False])
 def test_without_any_label_the_cross_entropy_is_zero(seen_competition: bool) -> None:
     seen = torch.randn(2, 3, 2, 2, requires_grad=True)
     potential = torch.randn(2, 5, 2, 2, requires_grad=True)
@@ -325,6 +348,51 @@ def loop_group_tokens(dense: Tensor, labels: Tensor, options: dict) -> Tensor:
         for (y, x), cluster in zip(places, clusters.assignment[0].tolist(), strict=True):
             result[b, y, x] = groups[0, cluster]
     return result
+
+
+def literal_group_tokens(
+    dense: Tensor,
+    labels: Tensor,
+    scales: tuple[int, ...],
+    seeding: str,
+    iterations: int,
+    threshold: float,
+) -> Tensor:
+    """Eq. (4)-(5) and Algorithm 1 from loops alone, which share no code with the package."""
+    result = torch.full((dense.shape[0], *dense.shape[2:]), -1)
+    H, W = labels.shape[1] // dense.shape[2], labels.shape[2] // dense.shape[3]
+    for b, image in enumerate(dense.double()):
+        pixels = labels[b].reshape(dense.shape[2], H, dense.shape[3], W)
+        places = [
+            (y, x)
+            for y in range(dense.shape[2])
+            for x in range(dense.shape[3])
+            if 2 * int((pixels[y, :, x] == 255).sum()) > H * W
+        ]
+        seeds = [mean for scale in scales for mean in loop_windows(image, scale, seeding)]
+        tokens = torch.stack([image[:, y, x] for y, x in places] or [image[:, 0, 0]])
+        keep = torch.full((len(tokens),), bool(places))
+        means, owner = loop_kmeans(tokens, torch.stack(seeds), keep, iterations)
+        cosines = [[float(a @ c / (a.norm() * c.norm())) for c in means] for a in means]
+        groups = loop_fusion(cosines, [k in owner for k in range(len(means))], threshold)
+        for place, k in zip(places, owner, strict=False):
+            result[b][place] = groups[k]
+    return result
+
+
+@pytest.mark.parametrize(
+    ("seeding", "scales"),
+    [("grid", (1, 3)), ("grid", (3, 7)), ("window", (3, 7)), ("sliding", (3, 4))],
+)
+@pytest.mark.parametrize("threshold", [0.5, 0.8])
+def test_pseudo_labels_equal_loops_from_windows_to_groups(
+    seeding: str, scales: tuple[int, ...], threshold: float
+) -> None:
+    options = {"scales": scales, "seeding": seeding, "iterations": 3, "threshold": threshold}
+    _, _, dense, _, labels, _ = random_batch(14)
+    groups, _ = PixelLearningModule(C, heads=2, **options).group_tokens(dense, labels)
+    assert torch.equal(groups, literal_group_tokens(dense, labels, **options))
+    assert (groups[0] == -1).all() and groups[1:].max() >= 3
 
 
 @pytest.mark.parametrize("threshold", [0.2, 0.5, 0.95])
