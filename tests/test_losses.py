@@ -322,7 +322,7 @@ def test_what_an_ignored_pixel_weighs_by_hand() -> None:
     """A negative of every class: one pixel of four in the focal term, in the area of the dice."""
     logits = torch.zeros(1, 2, 2, 2, dtype=torch.float64, requires_grad=True)
     terms = nel(logits, torch.tensor([[[0, 255], [0, 1]]]))  # two present pairs, p = 1/2
-    (focal,) = torch.autograd.grad(terms.focal, logits)
+    (focal,) = torch.autograd.grad(terms.focal, logits, retain_graph=True)
     (dice,) = torch.autograd.grad(terms.dice, logits)
     negative = 0.75 * (2 * 0.5 * 0.25 * math.log(2) + 0.5**2 * 0.5)  # d/dx of p^2 softplus(x)
     expected = torch.full((2,), 100 * negative / 4 / 2, dtype=torch.float64)
