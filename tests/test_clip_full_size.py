@@ -45,10 +45,18 @@ SIZES = (
 )
 
 
-def build_open_clip(name: str, dtype: torch.dtype) -> nn.Module:
-    """Build the published architecture with weights that resemble no initial values."""
+def sizes_of(name: str, layers: int | None) -> dict[str, Any]:
+    """The published sizes, with fewer layers on request."""
     config = open_clip.get_model_config(f"{name}-quickgelu")
-    config["vision_cfg"] = {**config["vision_cfg"], "output_tokens": True}
+    for tower in ("vision_cfg", "text_cfg"):
+        config[tower] = {**config[tower], "layers": layers or config[tower]["layers"]}
+    return config  # type: ignore[no-any-return]
+
+
+def build_open_clip(name: str, dtype: torch.dtype, layers: int | None = None) -> nn.Module:
+    """Build the published architecture with weights that resemble no initial values."""
+    config = sizes_of(name, layers)
+    config["vision_cfg"]["output_tokens"] = True
     torch.manual_seed(0)
     model = open_clip.model.CLIP(**config).to(dtype).eval().requires_grad_(False)
     for parameter in model.parameters():
@@ -56,9 +64,11 @@ def build_open_clip(name: str, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def build_hugging_face(state: State, name: str, dtype: torch.dtype) -> nn.Module:
+def build_hugging_face(
+    state: State, name: str, dtype: torch.dtype, layers: int | None = None
+) -> nn.Module:
     """Build the same architecture over there, with the same numbers."""
-    config = open_clip.get_model_config(name)
+    config = sizes_of(name, layers)
     vision, text = config["vision_cfg"], config["text_cfg"]
     with torch.device("meta"):
         model = transformers.CLIPModel(
@@ -169,11 +179,11 @@ def test_equals_open_clip_and_transformers(size: Size) -> None:
 
 @torch.no_grad()
 def test_the_published_formats_of_vit_b_32_are_one_model(tmp_path: Path) -> None:
-    """open_clip's and Hugging Face's own files, through `load_clip`."""
-    reference: Any = build_open_clip("ViT-B-32", torch.float32)
+    """open_clip's and Hugging Face's own files, through `load_clip`; full width, two layers."""
+    reference: Any = build_open_clip("ViT-B-32", torch.float32, layers=2)
     torch.save(reference.state_dict(), tmp_path / "open_clip_pytorch_model.bin")
     first = load_clip(tmp_path / "open_clip_pytorch_model.bin")
-    other = build_hugging_face(reference.state_dict(), "ViT-B-32", torch.float32)
+    other = build_hugging_face(reference.state_dict(), "ViT-B-32", torch.float32, layers=2)
     other.save_pretrained(tmp_path)  # model.safetensors, which a folder prefers
     second = load_clip(tmp_path)
     assert first.config == second.config

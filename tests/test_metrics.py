@@ -151,6 +151,33 @@ def test_agrees_with_torchmetrics(seed: int) -> None:
     )
 
 
+@pytest.mark.parametrize("unseen", [[], [5, 6], [2], [0, 2, 4]])
+def test_absent_classes_and_the_unseen_set_follow_torchmetrics_matrix(unseen: list[int]) -> None:
+    """Class 2 is nowhere, class 4 only predicted; the means are taken by hand from its matrix."""
+    classification = pytest.importorskip("torchmetrics.classification")
+    pred, label = random_maps(9, 7, (4, 11, 6))
+    pred[pred == 2], label[label == 2], label[label == 4] = 1, 1, 255
+    matrix = classification.MulticlassConfusionMatrix(7, ignore_index=255)(pred, label).tolist()
+    result = SegmentationMetrics(7, unseen=unseen)
+    result.update(pred, label)
+    assert result.matrix.tolist() == matrix
+    iou = {}
+    for c in range(7):
+        union = sum(matrix[c]) + sum(row[c] for row in matrix) - matrix[c][c]
+        if union:
+            iou[c] = matrix[c][c] / union
+    assert set(iou) == {0, 1, 3, 4, 5, 6} and iou[4] == 0
+    here = [[iou[c] for c in iou if (c in unseen) == side] for side in (False, True)]
+    seen, absent = (sum(values) / len(values) if values else math.nan for values in here)
+    scores = result.compute()
+    assert scores["mIoU(S)"] == pytest.approx(seen, rel=1e-12)
+    assert scores["mIoU(U)"] == pytest.approx(absent, rel=1e-12, nan_ok=True)
+    harmonic = 2 / (1 / seen + 1 / absent) if absent else 0.0
+    assert scores["hIoU"] == pytest.approx(harmonic, rel=1e-12, nan_ok=True)
+    right, counted = sum(matrix[c][c] for c in range(7)), sum(map(sum, matrix))
+    assert scores["pAcc"] == pytest.approx(right / counted, rel=1e-12)
+
+
 def reduce_shard(rank: int, world: int, rendezvous: str, results: str) -> None:
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world)
     pred, label = random_maps(3, 5, (4, 6, 6))

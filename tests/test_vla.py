@@ -85,6 +85,33 @@ def test_the_decoder_equals_a_literal_layer() -> None:
     torch.testing.assert_close(layer(*sets), literal_decoder(layer, *sets), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_the_decoder_equals_pytorch_s_own_layer(seed: int) -> None:
+    layer = build("decoder")
+    peer = nn.TransformerDecoderLayer(
+        C, HEADS, 4 * C, dropout=0.0, activation="gelu", norm_first=True, dtype=torch.float64
+    )
+    state = {}
+    for name, own in (("self_attn", layer.attend_self), ("multihead_attn", layer.attend_cross)):
+        for kind in ("weight", "bias"):
+            parts = [getattr(own.query, kind), getattr(own.key_value, kind)]
+            state[f"{name}.in_proj_{kind}"] = torch.cat(parts)
+            state[f"{name}.out_proj.{kind}"] = getattr(own.out, kind)
+    for name, own in (
+        *(("norm1", layer.norm_self), ("norm2", layer.norm_cross), ("norm3", layer.norm_mlp)),
+        *(("linear1", layer.mlp[0]), ("linear2", layer.mlp[2])),
+    ):
+        state |= {f"{name}.weight": own.weight, f"{name}.bias": own.bias}
+    peer.load_state_dict(state)
+    prototypes, cls, present = random_sets(seed)
+    expected = peer(
+        prototypes[:, None], cls[:, None], tgt_key_padding_mask=~present[None]
+    )  # rows first, a batch of one
+    torch.testing.assert_close(
+        layer(prototypes, cls, present), expected[:, 0], rtol=1e-12, atol=1e-12
+    )
+
+
 def test_without_a_present_row_every_row_is_attended() -> None:
     """Attention to nothing is NaN in some versions of PyTorch and zero in others."""
     layer = build("decoder")
