@@ -241,6 +241,24 @@ def test_half_precision_features_keep_a_full_precision_softmax() -> None:
     torch.testing.assert_close(weights.sum(dim=(1, 2)), torch.ones(3), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("pooling", ["mean", "max"])
+def test_half_precision_maps_are_pooled_in_full_precision(pooling: str) -> None:
+    features, cls = random_step(8, C=16, h=16, w=16)
+    half = features.bfloat16()
+    pooled = pool_features(half, cls.bfloat16(), pooling)
+    assert pooled.dtype == torch.float32
+    # The inputs are rounded already; a mean in bfloat16 would be off by 1e-3 of its terms.
+    torch.testing.assert_close(pooled.double(), loop_pool(half, cls, pooling), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(6, 5), (5, 6), (5, 5)])
+def test_windows_must_divide_both_sides(size: tuple[int, int]) -> None:
+    with pytest.raises(
+        ValueError, match=f"2 x 2 windows must divide maps of {size[0]} x {size[1]}"
+    ):
+        split_windows(torch.zeros(1, 2, *size), 2)
+
+
 @pytest.mark.parametrize("temperature", [0.02, 1.0])
 def test_the_temperature_reaches_the_loss(temperature: float) -> None:
     features, cls = random_step(9)
