@@ -26,7 +26,14 @@ from .glm import GlobalLearningModule, Pooling, split_windows
 from .inference import pixel_logits
 from .kmeans import Seeding
 from .losses import NELoss, count_pairs, nel
-from .plm import GenerateLoss, PixelLearningModule, PotentialScope, Similarity, resize_nearest
+from .plm import (
+    GenerateLoss,
+    PixelLearningModule,
+    PotentialScope,
+    Similarity,
+    count_labelled,
+    resize_nearest,
+)
 from .training.distributed import mean_over_processes
 from .vla import Adapter
 
@@ -59,6 +66,7 @@ class CLIPTeacherConfig:
     pseudo_scale: float = 1.0  # factor of the potential logits
     detach_prototypes: bool = False  # no gradient from the VLA's queries into the student
     seen_competition: bool = True  # seen pixels compete with potential classes too
+    global_prototypes: bool = False  # prototypes, VLA keys and CE of all processes' images
     adapter: Adapter = "decoder"  # Table 5: decoder, mlp, identity
     adapter_heads: int = 8  # attention heads of the decoder
     generate_loss: GenerateLoss = "mse"  # Eq. (8), or "bce" of the paper's second version
@@ -140,6 +148,7 @@ class CLIPTeacher(nn.Module):
             scale=config.pseudo_scale,
             detach_prototypes=config.detach_prototypes,
             seen_competition=config.seen_competition,
+            over_processes=config.global_prototypes,
         )
 
     @property
@@ -197,14 +206,17 @@ class CLIPTeacher(nn.Module):
             if config.ce == "all":
                 losses["ce"] = config.ce_weight * pixel.ce
         if config.ce == "seen":
-            losses["ce"] = config.ce_weight * seen_cross_entropy(seen_logits, near_labels)
+            losses["ce"] = config.ce_weight * seen_cross_entropy(
+                seen_logits, near_labels, config.global_prototypes
+            )
         if config.focal_weight > 0 or config.dice_weight > 0:
             losses["focal"], losses["dice"] = self._nel(seen_logits, near_labels)
         if auxiliary is not None:
             logits, near_labels = self._score_seen(auxiliary, labels)
             terms = [*self._nel(logits, near_labels)]
             if config.ce != "none":
-                terms.append(config.ce_weight * seen_cross_entropy(logits, near_labels))
+                ce = seen_cross_entropy(logits, near_labels, config.global_prototypes)
+                terms.append(config.ce_weight * ce)
             losses["auxiliary"] = config.auxiliary_weight * torch.stack(terms).sum()
         if config.distill_weight > 0:
             losses["distill"] = config.distill_weight * distill_loss(features, teacher.dense)
@@ -255,20 +267,22 @@ class CLIPTeacher(nn.Module):
         return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def seen_cross_entropy(seen_logits: Tensor, labels: Tensor) -> Tensor:
+def seen_cross_entropy(seen_logits: Tensor, labels: Tensor, over_processes: bool = False) -> Tensor:
     """Cross entropy of the seen pixels among the seen classes alone: no pseudo labels.
 
     Args:
         seen_logits: (B, S, h, w).
         labels: (B, h, w) integers in [0, S), 255 without label.
+        over_processes: see ``plm.pixel_cross_entropy``.
 
     Returns:
         scalar, the mean over the labelled pixels; 0 without one.
     """
+    seen_logits = seen_logits.to(torch.promote_types(seen_logits.dtype, torch.float32))
     total = nn.functional.cross_entropy(
-        seen_logits.float(), labels.long(), ignore_index=IGNORE_INDEX, reduction="sum"
+        seen_logits, labels.long(), ignore_index=IGNORE_INDEX, reduction="sum"
     )
-    return total / (labels != IGNORE_INDEX).sum().clamp(min=1)
+    return total / count_labelled(labels != IGNORE_INDEX, over_processes)
 
 
 def distill_loss(features: Tensor, dense: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from .fusion import fuse_clusters
 from .kmeans import Seeding, masked_kmeans, multiscale_centers
+from .training.distributed import gather_rows, mean_over_processes, sum_over_processes
 from .vla import Adapter, build_adapter
 
 NO_LABEL = -1  # pixels without any label; pseudo label ids pass 255, so 255 cannot serve
@@ -91,13 +92,16 @@ def merge_labels(
     return torch.where(labels == ignore_index, potential, labels.long())
 
 
-def class_prototypes(features: Tensor, labels: Tensor, num_labels: int) -> tuple[Tensor, Tensor]:
+def class_prototypes(
+    features: Tensor, labels: Tensor, num_labels: int, over_processes: bool = False
+) -> tuple[Tensor, Tensor]:
     """Average the features of every label over the batch, Eq. (7), arXiv:2310.02296v1.
 
     Args:
         features: R (B, C, h, w).
         labels: (B, h, w) int64 in [0, num_labels), or -1 for pixels that count nowhere.
         num_labels: L.
+        over_processes: average over the images of all processes; the gradient follows.
 
     Returns:
         prototypes (L, C), at least float32, zero for absent labels; present (L,) bool.
@@ -109,6 +113,9 @@ def class_prototypes(features: Tensor, labels: Tensor, num_labels: int) -> tuple
     sums = rows.new_zeros(num_labels + 1, C).index_add(0, bins, rows)[:num_labels]
     ones = rows.new_ones(B * h * w)
     counts = rows.new_zeros(num_labels + 1).index_add(0, bins, ones)[:num_labels]
+    if over_processes:
+        joined = sum_over_processes(torch.cat((sums, counts[:, None]), dim=1))
+        sums, counts = joined[:, :C], joined[:, C]
     return sums / counts.clamp(min=1).unsqueeze(1), counts > 0
 
 
@@ -172,7 +179,11 @@ def score_classes(
 
 
 def pixel_cross_entropy(
-    seen_logits: Tensor, potential_logits: Tensor, labels: Tensor, seen_competition: bool = True
+    seen_logits: Tensor,
+    potential_logits: Tensor,
+    labels: Tensor,
+    seen_competition: bool = True,
+    over_processes: bool = False,
 ) -> Tensor:
     """Classify every labelled pixel among seen and potential classes, Eq. (10).
 
@@ -181,6 +192,8 @@ def pixel_cross_entropy(
         potential_logits: (B, P, h, w); their ids start at S.
         labels: (B, h, w) int64 in [0, S + P), or -1 for pixels that count nowhere.
         seen_competition: pixels with a seen label compete with the potential classes too.
+        over_processes: divide by the mean number of labelled pixels of all processes, so that the
+            mean of their losses is the loss of one process with all the images.
 
     Returns:
         scalar, the mean over the labelled pixels; 0 without one.
@@ -192,7 +205,13 @@ def pixel_cross_entropy(
     logits = torch.cat((seen_logits, potential_logits), dim=1)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     total = F.cross_entropy(logits, labels, ignore_index=NO_LABEL, reduction="sum")
-    return total / (labels != NO_LABEL).sum().clamp(min=1)
+    return total / count_labelled(labels != NO_LABEL, over_processes)
+
+
+def count_labelled(labelled: Tensor, over_processes: bool = False) -> Tensor:
+    """Count pixels (bool, any shape), or average the counts of all processes; at least 1."""
+    count = labelled.sum()
+    return (mean_over_processes(count.float()) if over_processes else count).clamp(min=1)
 
 
 class PixelLearningModule(nn.Module):
@@ -213,6 +232,8 @@ class PixelLearningModule(nn.Module):
         similarity, scale: how features are compared with the potential classifiers.
         detach_prototypes: the queries of the VLA carry no gradient into the student.
         seen_competition: see ``pixel_cross_entropy``.
+        over_processes: prototypes, the VLA's keys and the mean of the cross entropy are those of
+            the batch of all processes: two of them equal one with both halves of the batch.
     """
 
     def __init__(
@@ -233,6 +254,7 @@ class PixelLearningModule(nn.Module):
         scale: float = 1.0,
         detach_prototypes: bool = False,
         seen_competition: bool = True,
+        over_processes: bool = False,
     ) -> None:
         super().__init__()
         self.adapter = build_adapter(adapter, channels, heads)
@@ -241,6 +263,7 @@ class PixelLearningModule(nn.Module):
         self.scope, self.generate = scope, generate
         self.similarity, self.scale = similarity, scale
         self.detach_prototypes, self.seen_competition = detach_prototypes, seen_competition
+        self.over_processes = over_processes
 
     @torch.no_grad()
     def group_tokens(self, dense: Tensor, labels: Tensor) -> tuple[Tensor, int]:
@@ -297,19 +320,26 @@ class PixelLearningModule(nn.Module):
         B, _, h, w = features.shape
         S = text.shape[0]
         ids, slots = self.make_targets(dense, labels, (h, w), S)
-        prototypes, present = class_prototypes(features, ids, S + B * slots)
+        first = 0  # image of this process among all that share prototypes
+        if self.over_processes:
+            cls, first = gather_rows(cls)
+            ids = torch.where(ids < S, ids, ids + first * slots)
+        num_labels = S + cls.shape[0] * slots
+        prototypes, present = class_prototypes(features, ids, num_labels, self.over_processes)
         if self.detach_prototypes:
             prototypes = prototypes.detach()
-        generated = self.adapter(prototypes, cls, present)  # (S + B * slots, C)
+        generated = self.adapter(prototypes, cls, present)  # (S + images * slots, C)
         loss = generate_loss(generated[:S], text, present[:S], self.generate)
         potential, exists = generated[S:], present[S:]
         if self.scope == "image":
-            potential, exists = potential.reshape(B, slots, -1), exists.reshape(B, slots)
+            own = slice(first * slots, (first + B) * slots)
+            potential, exists = potential[own].reshape(B, slots, -1), exists[own].reshape(B, slots)
             ids = own_image_ids(ids, S, slots)
         logits = score_classes(features, potential, self.scale, self.similarity, exists)
-        return PixelLosses(
-            pixel_cross_entropy(seen_logits, logits, ids, self.seen_competition), loss
+        ce = pixel_cross_entropy(
+            seen_logits, logits, ids, self.seen_competition, self.over_processes
         )
+        return PixelLosses(ce, loss)
 
 
 def own_image_ids(labels: Tensor, num_seen: int, slots: int) -> Tensor:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import NoReturn
+from collections.abc import Iterable, Iterator
+from typing import Any, NoReturn
 
 from saving import Run
+from torch.utils.data import DataLoader
 
 from cliptteacher.data import TrainingStream
 from cliptteacher.training.interruption import EXIT_CODE
@@ -44,6 +45,21 @@ def report_nonfinite(found: NonFiniteStep | None, stream: TrainingStream, run: R
         raise SystemExit(problem if run.process.is_main else 1)
     if run.process.is_main:
         print(f"warning: {message}", flush=True)
+
+
+def name_dead_worker(loader: DataLoader[Any]) -> Iterator[Any]:
+    """Pass batches on; if a worker was killed, say what it was making."""
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        samples, stream = loader.dataset.in_the_making(), loader.dataset.stream
+        names = [f"{n} (image {stream.dataset.image_name(stream.image_index(n))})" for n in samples]
+        raise SystemExit(
+            f"error: a data worker died while samples {_shorten(names) or '(none)'} were being "
+            f"made; lack of memory is the usual reason, try fewer --workers ({error})"
+        ) from error
 
 
 def name_samples(step: int, rank: int, stream: TrainingStream, run: Run) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from faults import leave, report_nonfinite
+from faults import leave, name_dead_worker, report_nonfinite
 from learning import prepare_learner, prepare_student, train_step
 from plan import dry_run, print_plan
 from saving import Run, choose_output, resume, save
@@ -60,6 +60,7 @@ from cliptteacher.training.run import (
     record_start,
 )
 from cliptteacher.training.schedule import learning_rate_factor
+from cliptteacher.training.workers import WatchedSamples
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -145,7 +146,7 @@ def train(
     progress = Progress(config.iterations, start, config.batch_size, process.device, log)
     loader = build_loader(seen_set, config, process, start)
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
-    batches = move_batches(progress.time_batches(loader), process.device, layout)
+    batches = move_batches(progress.time_batches(name_dead_worker(loader)), process.device, layout)
     with StopSignal() as signal:
         for step, (images, labels) in enumerate(batches, start):
             set_learning_rate(learner.optimizer, learning_rate_factor(step, *schedule))
@@ -154,7 +155,7 @@ def train(
             logging = done == config.iterations or done % config.log_interval == 0
             saving = stopping or done == config.iterations or done % config.checkpoint_interval == 0
             if logging or saving or learner.guard.immediate:
-                report_nonfinite(learner.guard.check(), loader.dataset, run)
+                report_nonfinite(learner.guard.check(), loader.dataset.stream, run)
             if logging:
                 line = progress.report(done, learner.optimizer.param_groups[0]["lr"])
                 if line is not None:
@@ -211,7 +212,7 @@ def build_loader(
         start, config.iterations, config.batch_size, process.rank, process.world_size
     )
     return DataLoader(
-        TrainingStream(dataset, transform, config.seed),
+        WatchedSamples(TrainingStream(dataset, transform, config.seed), config.workers),
         batch_sampler=batches,
         num_workers=config.workers,
         pin_memory=process.device.type == "cuda",

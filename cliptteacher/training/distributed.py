@@ -105,6 +105,23 @@ class _Sum(torch.autograd.Function):
         return gradient
 
 
+def gather_rows(values: Tensor) -> tuple[Tensor, int]:
+    """Join the rows of all processes, in rank order and without gradient.
+
+    Args:
+        values: (B, ...) of this process; every process holds as many rows.
+
+    Returns:
+        (world * B, ...) on the device of ``values``, and the first row of this process.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return values.detach(), 0
+    B = values.shape[0]
+    gathered = values.new_empty(dist.get_world_size() * B, *values.shape[1:])
+    dist.all_gather_into_tensor(gathered, values.detach().contiguous())
+    return gathered, dist.get_rank() * B
+
+
 def from_main(value: Value) -> Value:
     """Give every process what the main process holds."""
     if not dist.is_initialized():
