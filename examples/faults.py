@@ -52,13 +52,13 @@ def name_dead_worker(loader: DataLoader[Any]) -> Iterator[Any]:
     try:
         yield from loader
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
+        if not str(error).startswith("DataLoader worker (pid"):
+            raise  # an error inside a worker, which names its sample itself
         samples, stream = loader.dataset.in_the_making(), loader.dataset.stream
         names = [f"{n} (image {stream.dataset.image_name(stream.image_index(n))})" for n in samples]
         raise SystemExit(
             f"error: a data worker died while samples {_shorten(names) or '(none)'} were being "
-            f"made; lack of memory is the usual reason, try fewer --workers ({error})"
+            f"made; lack of memory is the usual reason, try fewer --workers"
         ) from error
 
 
