@@ -216,7 +216,7 @@ FRAMEWORK = [
     ("teacher trains", "clip.eval().requires_grad_(False),)", "clip.eval(),)", ONE_PROCESS),
     ("teacher in training mode", "clip.eval().requires_grad_(False),)", "clip.requires_grad_(False),)", ONE_PROCESS),
     ("teacher is a submodule", "(clip.eval().requires_grad_(False),)  #", "nn.ModuleList([clip.eval().requires_grad_(False)])  #", ONE_PROCESS),
-    ("teacher with gradient", "@torch.no_grad()\n    def encode", "@torch.enable_grad()\n    def encode", {"select": "records"}),
+    ("teacher with gradient", "with torch.inference_mode():\n            teacher", "with torch.enable_grad():\n            teacher", {"select": "records"}),
     ("pairs counted at full size", "count_pairs(near_labels,", "count_pairs(labels,", {"select": "wide"}),
     ("height and width swapped", "(features.shape[2], features.shape[3]))", "(features.shape[3], features.shape[2]))", {"select": "wide"}),
     ("mean over ignored pixels", "total / (labels != IGNORE_INDEX).sum().clamp(min=1)", "total / labels.numel()", ONE_PROCESS),
