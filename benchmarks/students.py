@@ -126,21 +126,23 @@ def median_ms(run: Callable[[], None], options: argparse.Namespace) -> float:
 def measure_times(name: str, options: argparse.Namespace) -> dict[str, float]:
     """Time of a train step on a batch, and of inference on one image, in whole milliseconds."""
     device, size = torch.device(options.device), options.size
+    train_size = options.train_size or size
     torch.manual_seed(0)
     model = build_segmenter(name, CHANNELS).to(device, memory_format=torch.channels_last)
-    images = torch.rand(options.batch_size, 3, size, size)
-    images = images.to(device, memory_format=torch.channels_last)
+    batch = torch.rand(options.batch_size, 3, train_size, train_size)
+    batch = batch.to(device, memory_format=torch.channels_last)
+    image = torch.rand(1, 3, size, size).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
 
     def train() -> None:
-        loss = model(images).square().mean()
+        loss = model(batch).square().mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
 
     @torch.no_grad()
     def infer() -> None:
-        model(images[:1])
+        model(image)
 
     train_ms = median_ms(train, options)
     model.eval()
@@ -179,6 +181,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--students", nargs="+", choices=known, metavar="NAME", help="default: all")
     parser.add_argument("--time", action="store_true", help="time --students, by default the small")
     parser.add_argument("--size", type=int, default=128, help="side of the timed images, pixels")
+    parser.add_argument("--train-size", type=int, help="the same in a train step; default: --size")
     parser.add_argument("--batch-size", type=int, default=2, help="images of a timed train step")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--cpu-time", action="store_true", help="for a machine that is not idle")
