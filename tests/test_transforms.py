@@ -151,12 +151,12 @@ def plain_crop(label: Tensor, crop: int, share: float) -> tuple[int, int]:
             int(label[y, x]) for y in range(top, top + crop) for x in range(left, left + crop)
         ]
         counts = Counter(value for value in pixels if value != 255)
-        if counts and max(counts.values()) <= share * sum(counts.values()):
+        if share == 1 or (counts and max(counts.values()) <= share * sum(counts.values())):
             break
     return top, left
 
 
-@pytest.mark.parametrize("share", [0.5, 0.75, 0.999])
+@pytest.mark.parametrize("share", [0.5, 0.75, 0.999, 1.0])
 @pytest.mark.parametrize("second", [9, 4, 255])
 def test_random_window_equals_a_plain_loop(share: float, second: int) -> None:
     """With two classes; and with one or none, where every window is tried in vain."""

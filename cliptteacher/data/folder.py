@@ -134,7 +134,7 @@ def _check_indices(
     num_classes: int,
     ignore_index: int,
 ) -> None:
-    wrong = ((indices < 0) | (indices >= num_classes)) & ~ignored
+    wrong = (indices >= num_classes) & ~ignored  # a PNG holds no negative numbers
     if wrong.any():
         outside = indices[wrong].astype(np.int64)
         values = ", ".join(str(value) for value in np.unique(outside)[:8])
