@@ -1,5 +1,7 @@
 """Two processes compute what one does with both halves of the batch, where the method allows it."""
 
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cliptteacher.framework import CLIPTeacher, CLIPTeacherConfig
 from cliptteacher.training.distributed import gather_rows, share_buffers, sum_over_processes
+from cliptteacher.training.interruption import StopSignal
+from cliptteacher.training.nonfinite import NonFiniteGuard, gradient_norm
 
 SMALL: dict[str, Any] = {"scales": (1, 2), "adapter_heads": 2, "kmeans_iterations": 3}
 LITERAL = {"ce": "none", "generate_weight": 0.0}  # what needs no option to be exact
@@ -62,6 +66,7 @@ def share_steps(rank: int, folder: str, cases: dict[str, dict[str, Any]]) -> Non
         told = learn(model, DistributedDataParallel(model), half)
         torch.save(told, f"{folder}/{name}-{rank}.pt")
     summed_and_shared(rank, folder)
+    torch.save({"stop": stop_signals(rank), **bad_image(rank)}, f"{folder}/agreed-{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -83,6 +88,38 @@ def summed_and_shared(rank: int, folder: str) -> None:
         },
         f"{folder}/pieces-{rank}.pt",
     )  # fmt: skip
+
+
+def stop_signals(rank: int) -> list[bool]:
+    """The second process alone gets a signal, before the second question."""
+    answers = []
+    with StopSignal() as stop:
+        for step in range(5):
+            if (rank, step) == (1, 1):
+                os.kill(os.getpid(), signal.SIGTERM)
+            answers.append(stop.agreed())
+            if answers[-1]:
+                break
+    return answers
+
+
+def bad_image(rank: int) -> dict[str, Any]:
+    """The second process alone has an image that is not finite, in the second of three steps."""
+    model, guard = build(), NonFiniteGuard(0, torch.device("cpu"))
+    wrapped, found = DistributedDataParallel(model), []
+    for step in range(3):
+        images, labels = batch(step)
+        own = images[2 * rank : 2 * rank + 2] * (torch.nan if (rank, step) == (1, 1) else 1.0)
+        losses = wrapped(own, labels[2 * rank : 2 * rank + 2])
+        model.zero_grad()
+        losses["total"].backward(guard.seed(losses))
+        guard.judge(step, gradient_norm(list(model.parameters())))
+        found.append(guard.check())
+    return {
+        "found": [step for step, record in enumerate(found) if record],
+        "step": found[1].step,
+        "terms": {r: list(terms) for r, terms in found[1].terms.items()},
+    }
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -147,6 +184,17 @@ def test_the_pieces(folder: Path) -> None:
         assert found["mean"].tolist() == [7.0, 7.0] and found["counted"].item() == 7
         assert found["rows"].flatten().tolist() == [0.0, 0.0, 1.0, 1.0]
         assert found["first"] == 2 * rank
+
+
+@pytest.mark.slow
+def test_all_processes_learn_what_one_of_them_met(folder: Path) -> None:
+    """A signal ends both behind the same step; a bad image of one stops both at once, by name."""
+    for rank in range(2):
+        found = torch.load(folder / f"agreed-{rank}.pt", weights_only=True)
+        assert found["stop"] == [False, False, True]
+        assert found["found"][0] == found["step"] == 1
+        assert found["terms"][1] == ["global", "ce", "focal", "dice", "generate"]
+        assert found["terms"][0] == ["global"]  # whose negatives are the tokens of all images
 
 
 def test_alone_there_is_nothing_to_share() -> None:

@@ -111,9 +111,10 @@ class NonFiniteGuard:
         steps = [first for _, first, *_ in rows if first >= 0]
         if not steps:
             return None
-        terms = {
-            rank: self._bad_names(row) for rank, row in enumerate(rows) if row[1] == min(steps)
-        }
+        first = {rank: row for rank, row in enumerate(rows) if row[1] == min(steps)}
+        terms = {rank: self._bad_names(row) for rank, row in first.items()}
+        # A gradient that another process spoilt is no news where some loss tells whose it was.
+        terms = {rank: bad for rank, bad in terms.items() if bad != (GRADIENT,)} or terms
         return NonFiniteStep(min(steps), terms, max(row[0] for row in rows), self.allowed)
 
     def _bad_names(self, row: list[int]) -> tuple[str, ...]:
