@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from cliptteacher.data.splits import SegmentationDataset
 from cliptteacher.training.checkpoint import newest_checkpoint, read_checkpoint, save_checkpoint
-from cliptteacher.training.config import TrainConfig, config_as_dict, read_json
+from cliptteacher.training.config import TrainConfig, config_as_dict
 from cliptteacher.training.distributed import (
     Process,
     from_main,
@@ -61,7 +62,7 @@ def _choose_output(recipe: str, config: TrainConfig) -> tuple[Path, str]:
 def find_launched(folder: Path, recipe: str) -> Path | None:
     """The newest run directory that an earlier attempt of this torchrun made."""
     files = folder.glob(f"{recipe}-*/{LAUNCH}")
-    own = [file.parent for file in files if read_json(file).get("launch") == launch_id()]
+    own = [f.parent for f in files if json.loads(f.read_text())["launch"] == launch_id()]
     return max(own, default=None)  # names end in the date
 
 

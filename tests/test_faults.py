@@ -6,6 +6,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -25,6 +26,7 @@ from cliptteacher.training.checkpoint import (
     newest_checkpoint,
     save_checkpoint,
 )
+from cliptteacher.training.interruption import ignore_signals
 from cliptteacher.training.nonfinite import NonFiniteGuard, gradient_norm
 
 CPU = torch.device("cpu")
@@ -453,3 +455,32 @@ def test_the_optimiser_heeds_found_inf() -> None:
         ends.append((weight.detach(), optimizer.state[weight]["step"].item()))
     assert torch.equal(ends[0][0], ends[1][0]) and ends[0][1] == ends[1][1] == 3
     assert torch.equal(ends[2][0], torch.linspace(-1, 1, 5)) and ends[2][1] == 0
+
+
+class Slow(torch.utils.data.Dataset[Tensor]):
+    """Samples that take their time."""
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, index: int) -> Tensor:
+        time.sleep(0.05)
+        return torch.tensor(index)
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="needs Linux")
+def test_data_workers_obey_their_parent_alone() -> None:
+    """A stranger's SIGTERM and SIGUSR1 are not heard; the parent's SIGTERM ends them at once."""
+    loader = torch.utils.data.DataLoader(
+        Slow(), num_workers=1, worker_init_fn=ignore_signals, persistent_workers=True
+    )
+    batches = iter(loader)
+    assert next(batches).item() == 0
+    (worker,) = loader._iterator._workers
+    for name in ("TERM", "USR1"):
+        subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)
+    assert [batch.item() for batch in batches] == [1, 2, 3, 4, 5]
+    assert worker.is_alive()
+    worker.terminate()
+    worker.join(timeout=20)
+    assert not worker.is_alive()

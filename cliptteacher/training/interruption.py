@@ -9,6 +9,7 @@ behind i (one process) or i + 1 (several).
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -76,6 +77,18 @@ class StopSignal:
 
 
 def ignore_signals(worker: int) -> None:
-    """Let a data worker live on: clusters signal whole process trees, and the parent decides."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    """Let a data worker outlive the signals that clusters send to whole process trees.
+
+    Its parent decides when it ends, and says so by SIGTERM too: that one counts.
+    """
+    if hasattr(signal, "SIGUSR1"):
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # Linux: the only way to learn who sent a signal
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_obey_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _obey_parent(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
