@@ -125,7 +125,7 @@ PLM = [
     ("weak bias of absent classifiers", "_ABSENT = -1e4", "_ABSENT = -1e1"),
     ("first potential class taken for a seen one", "(labels < num_seen))[:, None]", "(labels <= num_seen))[:, None]"),
     ("competition inverted", "if not seen_competition:", "if seen_competition:"),
-    ("mean over all pixels", "total / (labels != NO_LABEL).sum().clamp(min=1)", "total / labels.numel()"),
+    ("mean over all pixels", "total / count_labelled(labels != NO_LABEL, over_processes)", "total / labels.numel()"),
     ("seen and potential swapped", "torch.cat((seen_logits, potential_logits), dim=1)", "torch.cat((potential_logits, seen_logits), dim=1)"),
     ("share included", "> self.ignored_share", ">= self.ignored_share"),
     ("annotated tokens get a group", "groups.where(take_part.flatten(1), NO_LABEL)", "groups"),
@@ -145,7 +145,7 @@ PLM = [
     ("default threshold", "threshold: float = 0.8,", "threshold: float = 0.7,", DEFAULTS),
     ("default share", "ignored_share: float = 0.5,", "ignored_share: float = 0.4,", DEFAULTS),
     ("default scope", 'scope: PotentialScope = "batch",', 'scope: PotentialScope = "image",', DEFAULTS),
-    ("default competition", "        seen_competition: bool = True,\n    ) -> None", "        seen_competition: bool = False,\n    ) -> None", DEFAULTS),
+    ("default competition", "        seen_competition: bool = True,\n        over_processes: bool = False,\n    ) -> None", "        seen_competition: bool = False,\n        over_processes: bool = False,\n    ) -> None", DEFAULTS),
 ]
 
 LOSSES = [
@@ -218,11 +218,11 @@ FRAMEWORK = [
     ("teacher with gradient", "with torch.inference_mode():\n            teacher", "with torch.enable_grad():\n            teacher", {"select": "records"}),
     ("pairs counted at full size", "count_pairs(near_labels,", "count_pairs(labels,", {"select": "wide"}),
     ("height and width swapped", "(features.shape[2], features.shape[3]))", "(features.shape[3], features.shape[2]))", {"select": "wide"}),
-    ("mean over ignored pixels", "total / (labels != IGNORE_INDEX).sum().clamp(min=1)", "total / labels.numel()", ONE_PROCESS),
+    ("mean over ignored pixels", "total / count_labelled(labels != IGNORE_INDEX, over_processes)", "total / labels.numel()", ONE_PROCESS),
     ("templates not passed on", "self.seen_names, config.templates)", "self.seen_names)", ONE_PROCESS),
     ("dice needs focal", "config.focal_weight > 0 or config", "config.focal_weight > 0 and config", ONE_PROCESS),
     ("seen cross entropy not weighted", 'losses["ce"] = config.ce_weight * seen_cross', 'losses["ce"] = seen_cross', {"select": "weighted"}),
-    ("auxiliary cross entropy not weighted", "terms.append(config.ce_weight * seen_cross", "terms.append(seen_cross", {"tests": ("students",), "select": "auxiliary"}),
+    ("auxiliary cross entropy not weighted", "terms.append(config.ce_weight * ce)", "terms.append(ce)", {"tests": ("students",), "select": "auxiliary"}),
     ("auxiliary weight dropped", "config.auxiliary_weight * torch.stack(terms)", "torch.stack(terms)", {"tests": ("students",), "select": "auxiliary"}),
     ("temperature not passed on", "config.bank_size, config.temperature)", "config.bank_size)", {"select": "reaches"}),
     ("iterations not passed on", "iterations=config.kmeans_iterations", "iterations=10", {"select": "reaches"}),
