@@ -1,0 +1,75 @@
+"""Train with perfect pseudo labels: are the groups to blame, or what can be made of them?
+
+    python benchmarks/oracle_groups.py image --output runs/oracle [flags of examples/train.py]
+    python benchmarks/oracle_groups.py class --potential-scope batch --output runs/oracle_class
+
+An experiment, not a zero-shot result: the groups of the Pixel Learning Module are replaced by the
+hidden labels of the unseen classes, at the resolution of CLIP's tokens. Their names stay hidden,
+and all else is train.py, in one process. With `image` a class in two images is two potential
+classes, as in the paper; with `class` it is one.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+import train
+
+from cliptteacher.data import SeenOnly
+from cliptteacher.data.splits import IGNORE_INDEX, SegmentationDataset
+from cliptteacher.framework import CLIPTeacher
+from cliptteacher.plm import NO_LABEL, PixelTargets, merge_labels, resize_nearest
+
+HIDDEN = 200  # labels from here on are the unseen classes; augmentation sees them, which is a leak
+SLOTS = IGNORE_INDEX - HIDDEN
+KINDS = ("image", "class")
+
+
+class HiddenLabels(SeenOnly):
+    """Labels of the seen classes, and those of unseen class u as HIDDEN + u."""
+
+    def __init__(self, dataset: SegmentationDataset, *, closed_set: bool = False) -> None:
+        super().__init__(dataset, closed_set=closed_set)
+        for number, value in enumerate(dataset.unseen):
+            self._lookup[value] = HIDDEN + number
+
+
+class OracleTeacher(CLIPTeacher):
+    """The method with the hidden labels as groups."""
+
+    kind = "image"
+
+    def forward(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        is_hidden = (labels >= HIDDEN) & (labels != IGNORE_INDEX)
+        hidden = torch.where(is_hidden, labels.long() - HIDDEN, NO_LABEL)
+
+        def perfect_targets(
+            dense: Tensor, seen_labels: Tensor, size: tuple[int, int], num_seen: int
+        ) -> PixelTargets:
+            groups = resize_nearest(resize_nearest(hidden, (dense.shape[2], dense.shape[3])), size)
+            near_labels = resize_nearest(seen_labels, size)
+            slots = self.plm.slots or SLOTS
+            ids = merge_labels(near_labels, groups, num_seen, slots)
+            if self.kind == "class":  # in every image the ids of the first
+                ids = torch.where(ids < num_seen, ids, num_seen + (ids - num_seen) % slots)
+            return PixelTargets(ids, slots)
+
+        self.plm.make_targets = perfect_targets
+        return super().forward(images, labels.masked_fill(is_hidden, IGNORE_INDEX))
+
+
+def main() -> None:
+    if len(sys.argv) < 2 or sys.argv[1] not in KINDS:
+        raise SystemExit(f"the first argument must be one of {', '.join(KINDS)}")
+    OracleTeacher.kind = sys.argv.pop(1)
+    train.SeenOnly, train.CLIPTeacher = HiddenLabels, OracleTeacher
+    train.main()
+
+
+if __name__ == "__main__":
+    main()
