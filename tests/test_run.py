@@ -39,6 +39,14 @@ def names(folder: Path) -> list[str]:
 # --- metrics ----------------------------------------------------------------------------------
 
 
+def test_what_is_not_finite_is_null(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.write({"step": 1, "total": float("nan"), "ce": float("inf"), "lr": 0.5})
+    log.close()
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert text == '{"step": 1, "total": null, "ce": null, "lr": 0.5}\n'
+
+
 def test_metrics_are_on_disk_as_they_happen(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path / "metrics.jsonl")
     log.write({"step": 10, "total": 1.5})

@@ -52,6 +52,7 @@ _EVERY_ROW: dict[str, Any] = {
     "batch_size": 16,
     "crop": 512,
     "precision": "bf16",
+    "sync_batch_norm": True,  # two images a GPU are too few for statistics of their own
     "workers": 4,
     "eval_resize": (2048, 512),
 }

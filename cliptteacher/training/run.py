@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import platform
 import shlex
@@ -88,6 +89,10 @@ def record_start(
     write_json(entry, folder / "environment.json")
 
 
+def _is_undefined(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
+
+
 class MetricsLog:
     """``metrics.jsonl``: one JSON object a line, appended as it happens.
 
@@ -109,8 +114,9 @@ class MetricsLog:
         self._file = path.open("a")
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Append one row and hand it to the operating system at once."""
-        self._file.write(json.dumps(row) + "\n")
+        """Append one row and hand it to the operating system at once; NaN, no JSON, is null."""
+        plain = {name: None if _is_undefined(value) else value for name, value in row.items()}
+        self._file.write(json.dumps(plain, allow_nan=False) + "\n")
         self._file.flush()
         if self._events is not None:
             for name, value in _scalars(row, str(row.get("split", "train"))):
