@@ -129,6 +129,14 @@ def test_shards_add_up(seed: int, shards: int) -> None:
     assert torch.equal(total, whole.matrix)
 
 
+def test_a_class_may_hold_more_pixels_than_32_bits_can_count() -> None:
+    result = SegmentationMetrics(2)
+    assert result.matrix.dtype == torch.int64
+    result.matrix[0, 0] = 2**31 - 1
+    result.update(torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.int64))
+    assert result.matrix.tolist() == [[2**31 + 2, 0], [0, 0]]
+
+
 def test_reset_forgets() -> None:
     result = SegmentationMetrics(3, unseen=[0])
     result.update(*random_maps(0, 3))
