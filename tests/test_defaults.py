@@ -50,7 +50,7 @@ ROOMS = [
     (plm.merge_labels, {"ignore_index": 255}),
     (plm.generate_loss, {"kind": "mse"}),
     (plm.score_classes, {"scale": 1.0, "similarity": "dot", "present": None}),
-    (plm.pixel_cross_entropy, {"seen_competition": True}),
+    (plm.pixel_cross_entropy, {"seen_competition": True, "over_processes": False}),
     (
         plm.PixelLearningModule,
         {
@@ -68,6 +68,7 @@ ROOMS = [
             "scale": 1.0,
             "detach_prototypes": False,
             "seen_competition": True,
+            "over_processes": False,
         },
     ),
     # Section 3.4 and the evaluation of the benchmarks
@@ -151,6 +152,7 @@ ROOMS = [
             "generate_weight": 1.0,
             "auxiliary_weight": 0.0,
             "distill_weight": 0.0,
+            "global_prototypes": False,
         },
     ),
 ]
