@@ -143,7 +143,7 @@ class Run:
             "command": self.readable_command(),
             "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "commit": commit,
-            "seconds": round(time.monotonic() - self.began, 1),
+            "seconds": round(time.monotonic() - self.began, 3),
             "exit": code,
         }
         with (self.folder / "attempts.jsonl").open("a") as file:

@@ -194,7 +194,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("runs/kills"))
     args = parser.parse_args(argv)
-    iterations = args.iterations or 2 * INTERVAL * (args.kills + 1)
+    # An attempt may live for three seconds before it is killed, on a fast machine too.
+    iterations = args.iterations or 20 * INTERVAL * (args.kills + 1)
     options = f"{OPTIONS} --iterations {iterations} --seed {args.seed} --workers {args.workers}"
     sys.path[:0] = [str(EXAMPLES), str(EXAMPLES.parent)]
     importlib.import_module("train")

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 Value = TypeVar("Value")
 
@@ -51,9 +52,25 @@ def start_process(device: str = "auto") -> Process:
         torch.cuda.set_device(local_rank)
     if "WORLD_SIZE" not in os.environ:
         return Process(0, 0, 1, torch.device(device))
-    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    _join_group("nccl" if device == "cuda" else "gloo")
     chosen = torch.device(device, local_rank) if device == "cuda" else torch.device("cpu")
     return Process(dist.get_rank(), local_rank, dist.get_world_size(), chosen)
+
+
+def _join_group(backend: str) -> None:
+    """Join the group; after a restart not by the addresses of the attempt before.
+
+    torchrun keeps one store over all attempts, so a process could read where a dead one listened,
+    and be refused or wait for ever. On one machine the attempts are counted alike everywhere. On
+    several they are not: there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives each a store of its own.
+    """
+    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    if attempt == 0 or int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:
+        dist.init_process_group(backend)
+        return
+    store, rank, world_size = next(iter(rendezvous("env://")))
+    store = dist.PrefixStore(f"attempt_{attempt}", store)  # type: ignore[attr-defined]
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
 
 
 def stop_process() -> None:
