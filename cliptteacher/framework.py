@@ -25,7 +25,7 @@ from .clip import CLIP, ImageFeatures, class_text_features
 from .glm import GlobalLearningModule, Pooling, split_windows
 from .inference import pixel_logits
 from .kmeans import Seeding
-from .losses import NELoss, count_pairs, nel
+from .losses import NELoss, count_pairs, full_precision, nel
 from .plm import (
     GenerateLoss,
     PixelLearningModule,
@@ -278,9 +278,8 @@ def seen_cross_entropy(seen_logits: Tensor, labels: Tensor, over_processes: bool
     Returns:
         scalar, the mean over the labelled pixels; 0 without one.
     """
-    seen_logits = seen_logits.to(torch.promote_types(seen_logits.dtype, torch.float32))
     total = nn.functional.cross_entropy(
-        seen_logits, labels.long(), ignore_index=IGNORE_INDEX, reduction="sum"
+        full_precision(seen_logits), labels.long(), ignore_index=IGNORE_INDEX, reduction="sum"
     )
     return total / count_labelled(labels != IGNORE_INDEX, over_processes)
 
@@ -299,5 +298,5 @@ def distill_loss(features: Tensor, dense: Tensor) -> Tensor:
         scalar in [0, 2].
     """
     h, w = dense.shape[2:]
-    pooled = nn.functional.adaptive_avg_pool2d(features.float(), (h, w))
-    return (1 - nn.functional.cosine_similarity(pooled, dense.float(), dim=1)).mean()
+    pooled = nn.functional.adaptive_avg_pool2d(full_precision(features), (h, w))
+    return (1 - nn.functional.cosine_similarity(pooled, full_precision(dense), dim=1)).mean()

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from .fusion import fuse_clusters
 from .kmeans import Seeding, masked_kmeans, multiscale_centers
+from .losses import full_precision
 from .training.distributed import gather_rows, mean_over_processes, sum_over_processes
 from .vla import Adapter, build_adapter
 
@@ -108,7 +109,7 @@ def class_prototypes(
     """
     B, C, h, w = features.shape
     rows = features.permute(0, 2, 3, 1).reshape(B * h * w, C)
-    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    rows = full_precision(rows)
     bins = torch.where(labels < 0, num_labels, labels).flatten()  # the last bin is thrown away
     sums = rows.new_zeros(num_labels + 1, C).index_add(0, bins, rows)[:num_labels]
     ones = rows.new_ones(B * h * w)
@@ -203,7 +204,7 @@ def pixel_cross_entropy(
         is_seen = ((labels >= 0) & (labels < num_seen))[:, None]
         potential_logits = potential_logits.masked_fill(is_seen, _ABSENT)
     logits = torch.cat((seen_logits, potential_logits), dim=1)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = full_precision(logits)
     total = F.cross_entropy(logits, labels, ignore_index=NO_LABEL, reduction="sum")
     return total / count_labelled(labels != NO_LABEL, over_processes)
 

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import urllib.error
 from collections.abc import Callable
 from pathlib import Path
 
@@ -319,14 +318,8 @@ def test_a_wrong_download_is_not_kept(tmp_path: Path, monkeypatch: pytest.Monkey
     assert list((tmp_path / "hub" / "checkpoints").iterdir()) == []
 
 
-def test_offline_error_says_where_to_put_the_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise urllib.error.URLError("no route to host")
-
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+@pytest.mark.usefixtures("offline")
+def test_offline_error_says_where_to_put_the_file() -> None:
     match = (
         r"checkpoints/mit_b4_.*\.pth is missing .* get https://.*mit_b4_.*\.pth and put it there"
     )

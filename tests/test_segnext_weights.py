@@ -3,7 +3,6 @@
 import hashlib
 import logging
 import re
-import urllib.error
 from pathlib import Path
 
 import pytest
@@ -182,12 +181,8 @@ def test_imagenet_weights_are_downloaded_checked_and_cached(
         read_segnext_weights("segnext_t", "imagenet")
 
 
-def test_wrong_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise urllib.error.URLError("no route to host")
-
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+@pytest.mark.usefixtures("offline")
+def test_wrong_sources() -> None:
     match = r"get https://.*/pretrain/segnext/mscan_b_20230227-3ab7d230\.pth and put it there"
     with pytest.raises(FileNotFoundError, match=match):
         read_segnext_weights("segnext_b", "imagenet")

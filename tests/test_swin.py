@@ -4,7 +4,6 @@ import copy
 import hashlib
 import logging
 import re
-import urllib.error
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -630,18 +629,12 @@ def test_imagenet_weights_are_downloaded_checked_and_cached(
         read_swin_weights("swin_t", "imagenet")
 
 
+@pytest.mark.usefixtures("offline")
 @pytest.mark.parametrize(
     ("name", "file"),
     [("swin_t", "swin_t-704ceda3"), ("swin_s", "swin_s-5e29d889"), ("swin_b", "swin_b-68c6b09e")],
 )
-def test_offline_error_says_where_to_put_the_file(
-    name: str, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise urllib.error.URLError("no route to host")
-
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+def test_offline_error_says_where_to_put_the_file(name: str, file: str) -> None:
     match = (
         rf"checkpoints/{file}\.pth is missing .* "
         rf"get https://download\.pytorch\.org/models/{file}\.pth and put it there"

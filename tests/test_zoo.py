@@ -4,7 +4,6 @@ That they take any size, learn in the framework and survive DDP stands in `test_
 """
 
 import hashlib
-import urllib.error
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -169,15 +168,9 @@ def test_imagenet_weights_are_downloaded_checked_and_cached(
         build(LRASPP, "imagenet")
 
 
+@pytest.mark.usefixtures("offline")
 @pytest.mark.parametrize("name", FILES)
-def test_offline_error_says_where_to_put_the_file(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise urllib.error.URLError("no route to host")
-
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+def test_offline_error_says_where_to_put_the_file(name: str) -> None:
     match = (
         rf"checkpoints/{FILES[name]}\.pth is missing .* "
         rf"get https://download\.pytorch\.org/models/{FILES[name]}\.pth and put it there"
