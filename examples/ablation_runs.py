@@ -167,6 +167,8 @@ class Run:
     def summary(self) -> dict[str, Any]:
         """Collect what is known of this run, for the JSON file."""
         attempts = read_lines(self.folder / "attempts.jsonl")
+        # A run that was started by hand, in the folder where it is looked for, has no attempts.
+        last = attempts[-1] if attempts else read_object(self.folder / "environment.json")
         scores = self.scores()
         return {
             "row": self.row.name,
@@ -176,8 +178,8 @@ class Run:
             "split": self.expected.get("test_split", self.expected.get("split")),
             "command": self.readable_command(),
             "minutes": round(sum(a["seconds"] for a in attempts) / 60, 2) if attempts else None,
-            "commit": attempts[-1]["commit"] if attempts else None,
-            "date": attempts[-1]["date"] if attempts else None,
+            "commit": last.get("commit"),
+            "date": last.get("date"),
             "folder": str(self.folder),
             "problem": self.problem,
         }

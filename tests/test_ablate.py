@@ -266,6 +266,16 @@ def test_an_interrupt_ends_the_processes(ablate: ModuleType, tmp_path: Path) -> 
     assert attempt["exit"] != 0 and attempt["seconds"] < 50
 
 
+def test_a_run_started_by_hand_says_its_commit(ablate: ModuleType, tmp_path: Path) -> None:
+    run = fake(ablate, tmp_path, "run")
+    assert (run.summary()["commit"], run.summary()["date"]) == (None, None)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    told = {"commit": "abc", "date": "2026-11-25"}
+    (run.folder / "environment.json").write_text(json.dumps(told))
+    assert {name: run.summary()[name] for name in told} == told
+    assert run.summary()["minutes"] is None
+
+
 # the report
 
 
@@ -424,5 +434,5 @@ def test_a_table_from_the_first_process_to_the_report(
 def test_only_report_runs_nothing(ablate: ModuleType, tmp_path: Path) -> None:
     ablate.main(["--table", "4", "--output", str(tmp_path), "--seeds", "1", "--only-report"])
     text = (tmp_path / "table.md").read_text()
-    assert "- full seed 0: not finished" in text and "| mean | 0 | - |" in text
+    assert "- full seed 0: not finished" in text and "| GLM: mean | 0 | - |" in text
     assert not (tmp_path / "runs").exists()

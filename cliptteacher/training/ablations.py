@@ -11,6 +11,7 @@ students of another row with another gamma.
     bounds    what is there without the method, and above it
     readings  choices that the paper's text leaves open
     windows   CLS tokens of windows of the image, beyond the paper
+    main      the rows above that answer most, in one table
 """
 
 from __future__ import annotations
@@ -81,14 +82,14 @@ _TABLE_3 = (
     _row("no_generate", "without L_generate", "no_generate", generate_weight=0.0),
 )
 _TABLE_4 = (
-    _full("attention (full)"),
-    _row("glm_mean", "mean", "glm_mean", glm_pooling="mean"),
-    _row("glm_max", "max", "glm_max", glm_pooling="max"),
+    _full("full: GLM with attention"),
+    _row("glm_mean", "GLM: mean", "glm_mean", glm_pooling="mean"),
+    _row("glm_max", "GLM: max", "glm_max", glm_pooling="max"),
 )
 _TABLE_5 = (
-    _full("decoder (full)"),
-    _row("adapter_mlp", "MLP", "adapter_mlp", adapter="mlp"),
-    _row("adapter_identity", "none", "adapter_identity", adapter="identity"),
+    _full("full: adapter is a decoder"),
+    _row("adapter_mlp", "adapter: MLP", "adapter_mlp", adapter="mlp"),
+    _row("adapter_identity", "adapter: none", "adapter_identity", adapter="identity"),
 )
 _BOUNDS = (
     _full(),
@@ -149,13 +150,19 @@ _READINGS = (
     *map(_gamma_row, (-2.0, -1.0, -0.5, 0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0)),
 )
 _WINDOWS = (
-    _full("one CLS token an image (full)"),
+    _full("full: one CLS token an image"),
     *(
-        _row(f"windows_{'_'.join(map(str, value))}", f"windows {value}", glm_windows=value)
+        _row(f"windows_{'_'.join(map(str, value))}", f"GLM with windows {value}", glm_windows=value)
         for value in ((1, 2), (2,), (2, 4), (4,))
     ),
     _row("closed_set", "upper bound: labels of all classes", closed_set=True),
 )
+
+_MAIN_NAMES = (
+    *("full", "no_glm", "seen_ce", "no_ce", "no_generate", "windows_2", "windows_2_4"),
+    *("seen_only", "closed_set", CLIP_DENSE),
+)
+_BY_NAME = {row.name: row for row in (*_WINDOWS, *_BOUNDS, *_TABLE_3)}
 
 TABLES: dict[str, tuple[AblationRow, ...]] = {
     "3": _TABLE_3,
@@ -164,6 +171,7 @@ TABLES: dict[str, tuple[AblationRow, ...]] = {
     "bounds": _BOUNDS,
     "readings": _READINGS,
     "windows": _WINDOWS,
+    "main": tuple(_BY_NAME[name] for name in _MAIN_NAMES),
 }
 
 
