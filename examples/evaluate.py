@@ -102,12 +102,7 @@ def run(args: argparse.Namespace, process: Process) -> None:
     result = evaluate(
         student.predictor(gamma=gamma, **inference_settings(args, trained)).to(process.device),
         dataset,
-        device=process.device,
-        rank=process.rank,
-        world_size=process.world_size,
-        workers=args.workers,
-        batch_size=args.batch_size,
-        unseen=groups,
+        **pass_settings(args, groups, process),
         progress=print_progress() if process.is_main else None,
         on_sample=prediction_writer(args.save_dir, student, dataset) if args.save_dir else None,
     )
@@ -116,6 +111,16 @@ def run(args: argparse.Namespace, process: Process) -> None:
             scores = scores_as_percent(result, dataset.class_names)
             write_json({**summary(args, student, gamma, scores), "sweep": sweep}, args.json)
         print(format_scores(result, dataset.class_names, groups))
+
+
+def pass_settings(
+    args: argparse.Namespace, groups: Sequence[int], process: Process
+) -> dict[str, Any]:
+    """How one pass over a data set is made, whatever is scored in it."""
+    return {
+        **{"device": process.device, "rank": process.rank, "world_size": process.world_size},
+        **{"workers": args.workers, "batch_size": args.batch_size, "unseen": groups},
+    }
 
 
 def choose_gamma(
@@ -137,12 +142,7 @@ def choose_gamma(
         student.predictor(**settings).to(process.device),
         open_dataset(args.data, args.root, args.calibrate, cache=False),
         args.gammas,
-        device=process.device,
-        rank=process.rank,
-        world_size=process.world_size,
-        workers=args.workers,
-        batch_size=args.batch_size,
-        unseen=groups,
+        **pass_settings(args, groups, process),
     )
     sweep = [
         {"gamma": gamma, **scores_as_percent(result, student.class_names)}
