@@ -57,12 +57,13 @@ def filled(block: re.Match[str]) -> str:
 
 
 def table(files: Sequence[str], names: Sequence[str] | None, *, compare: bool) -> list[str]:
-    """Rows of several ablations with one base; a row that stands in two of them comes once."""
+    """Finished rows of several ablations with one base; one that stands in two comes once."""
     found: dict[str, list[str]] = {}
     for file in files:
         content = json.loads((RESULTS / f"{file}.json").read_text())
         for row in content["rows"]:
-            found.setdefault(row["row"], cells(row, content, compare))
+            if row["hIoU"]["mean"] is not None:
+                found.setdefault(row["row"], cells(row, content, compare))
     more = ["change of hIoU", "in the paper", "hIoU: sign"] if compare else []
     head = f"| {' | '.join(['row', 'seeds', *SCORES, *more])} |"
     body = [f"| {' | '.join(found[name])} |" for name in names or found]
