@@ -29,13 +29,14 @@ from cliptteacher.evaluation import SCORES  # noqa: E402
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
 BLOCK = re.compile(
-    r"(<!-- evidence: (?P<files>[\w ]+?)(?:; rows: (?P<rows>[\w .]+?))?(?P<short>; scores only)?"
-    r" -->\n).*?(<!-- end of evidence -->)",
+    r"(?P<first><!-- evidence: (?P<files>[\w ]+?)(?:; rows: (?P<rows>[\w .]+?))?"
+    r"(?P<short>; scores only)? -->\n).*?(?P<last><!-- end of evidence -->)",
     re.DOTALL,
 )
 
 
 def main() -> None:
+    check = "--check" in sys.argv
     stale: list[str] = []
     for page in PAGES:
         text = page.read_text()
@@ -43,17 +44,17 @@ def main() -> None:
         if fresh == text:
             continue
         stale.append(str(page.relative_to(ROOT)))
-        if "--check" not in sys.argv:
+        if not check:
             page.write_text(fresh)
-    print("rewritten:" if "--check" not in sys.argv else "stale:", ", ".join(stale) or "nothing")
-    raise SystemExit("--check" in sys.argv and bool(stale))
+    print("stale:" if check else "rewritten:", ", ".join(stale) or "nothing")
+    raise SystemExit(check and bool(stale))
 
 
 def filled(block: re.Match[str]) -> str:
     """The block with the table that its first line asks for."""
     names = block["rows"].split() if block["rows"] else None
     lines = table(block["files"].split(), names, compare=block["short"] is None)
-    return f"{block[1]}\n" + "\n".join(lines) + f"\n\n{block[5]}"
+    return "\n".join([block["first"], *lines, "", block["last"]])
 
 
 def table(files: Sequence[str], names: Sequence[str] | None, *, compare: bool) -> list[str]:
