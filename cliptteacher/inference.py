@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from .data.transforms import keep_ratio_size
 from .segmenters import build_segmenter
+from .segmenters.padding import features_of_multiple
 from .training.checkpoint import load_checkpoint
 
 LogitKind = Literal["dot", "cosine"]
@@ -71,6 +72,7 @@ class Predictor(nn.Module):
         resize: resize images to fit into these (long, short) sides; (2048, 512) is the size of
             the benchmarks. At most one of `short_side` and `resize`; None keeps the size. Images
             shrink with antialiasing, as in training.
+        size_divisor: mirror images to a multiple of this, the student's coarsest stride.
 
     Raises:
         ValueError: if the text features are no matrix, an unseen index is out of range, a mode
@@ -95,16 +97,17 @@ class Predictor(nn.Module):
         window_batch: int = 4,
         short_side: int | None = None,
         resize: tuple[int, int] | None = None,
+        size_divisor: int = 1,
     ) -> None:
         super().__init__()
         _check_classes(text_features, unseen)
         _check_modes(logits, mode, short_side, resize)
-        _check_windows(window, stride, window_batch)
+        _check_windows(window, stride, window_batch, size_divisor)
         self.segmenter = segmenter
         self.cosine, self.mode, self.logit_scale = logits == "cosine", mode, logit_scale
         self.window, self.stride, self.window_batch = window, stride, window_batch
         self.unseen = tuple(unseen)
-        self.short_side, self.resize = short_side, resize
+        self.short_side, self.resize, self.size_divisor = short_side, resize, size_divisor
         text = F.normalize(text_features.detach().float(), dim=1)
         text = text.to(next((p.device for p in segmenter.parameters()), text.device))
         bonus = torch.zeros_like(text[:, 0])
@@ -179,7 +182,7 @@ class Predictor(nn.Module):
         return keep_ratio_size(height, width, self.resize) if self.resize else (height, width)
 
     def _whole(self, images: Tensor) -> Tensor:
-        features = self.segmenter(images)
+        features = features_of_multiple(self.segmenter, images, self.size_divisor)
         text = self.text_features.to(features.dtype)
         logits = pixel_logits(features, text, self.logit_scale, self.cosine).float()
         return logits + self.bonus[:, None, None]
@@ -218,6 +221,7 @@ class TrainedSegmenter:
         logit_scale: factor on the logits.
         logits: "dot" or "cosine", as in training.
         resize: (long, short) sides that images are fitted into, or None: as they are.
+        size_divisor: images are mirrored to a multiple of this.
         checkpoint: the other entries of the checkpoint ("step", "config", "clip", ...).
     """
 
@@ -229,6 +233,7 @@ class TrainedSegmenter:
     logit_scale: float
     logits: LogitKind
     resize: tuple[int, int] | None
+    size_divisor: int
     checkpoint: dict[str, Any]
 
     def predictor(self, **settings: Any) -> Predictor:
@@ -242,6 +247,7 @@ class TrainedSegmenter:
             "logit_scale": self.logit_scale,
             "logits": self.logits,
             "resize": None if "short_side" in settings else self.resize,
+            "size_divisor": self.size_divisor,
         }
         return Predictor(self.segmenter, self.text_features, **{**stored, **settings})
 
@@ -282,6 +288,7 @@ def load_segmenter(path: str | Path, segmenter: nn.Module | None = None) -> Trai
         logit_scale=content.pop("logit_scale"),
         logits=content.pop("logits", "dot"),
         resize=tuple(content.pop("resize", None) or ()) or None,
+        size_divisor=content.pop("size_divisor", 1),
         checkpoint=content,
     )
 
@@ -384,11 +391,12 @@ def _check_modes(
         )
 
 
-def _check_windows(window: int, stride: int, window_batch: int) -> None:
+def _check_windows(window: int, stride: int, window_batch: int, size_divisor: int) -> None:
     if not 1 <= stride <= window:
         raise ValueError(
             f"`stride` must lie in 1..window, got stride {stride} for windows of {window} pixels; "
             "a larger one leaves gaps"
         )
-    if window_batch < 1:
-        raise ValueError(f"`window_batch` must be at least 1, got {window_batch}")
+    for name, value in (("window_batch", window_batch), ("size_divisor", size_divisor)):
+        if value < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {value}")

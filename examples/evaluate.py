@@ -76,6 +76,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--window", type=int, help="side of a sliding window; default: the crop of training")
     add("--stride", type=int, help="step between windows; default: 5/6 of the window")
     add("--resize", type=int, nargs=2, metavar=("LONG", "SHORT"), help="default: as in training")
+    add("--size-divisor", type=int, help="mirror images to a multiple; default: as in training")
     add("--gamma", type=float, help="bonus of unseen classes; default: that of training, or 0")
     add("--calibrate", metavar="SPLIT", help="choose gamma on this split, by hIoU")
     add("--gammas", type=float, nargs="+", default=GAMMAS, help="those to choose from")
@@ -173,6 +174,7 @@ def dense_teacher(args: argparse.Namespace) -> TrainedSegmenter:
         logit_scale=1.0,
         logits="cosine",
         resize=None,
+        size_divisor=1,
         checkpoint={"segmenter_name": "dense tokens", "step": 0, "clip": args.clip},
     )
 
@@ -194,6 +196,7 @@ def inference_settings(args: argparse.Namespace, trained: TrainedSegmenter) -> d
         "window": window,
         "stride": args.stride or max(1, window * 5 // 6),
         "resize": tuple(args.resize) if args.resize else trained.resize,
+        "size_divisor": args.size_divisor or trained.size_divisor,
     }
 
 
@@ -267,6 +270,7 @@ def summary(
         "calibrated_on": args.calibrate,
         "mode": args.mode,
         "resize": args.resize or student.resize,
+        "size_divisor": args.size_divisor or student.size_divisor,
         "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
 

@@ -137,6 +137,7 @@ def checkpoint_content(step: int, learner: Learner, run: Run) -> dict[str, Any]:
         "logit_scale": method.logit_scale,
         "logits": method.logits,
         "resize": list(config.eval_resize or ()),
+        "size_divisor": config.eval_size_divisor,
         "templates": method.templates,
         "clip": config.clip,
         "training": {

@@ -85,6 +85,7 @@ def build_predictor(
         window=config.crop,
         stride=max(1, config.crop * 5 // 6),
         resize=config.eval_resize,
+        size_divisor=config.eval_size_divisor,
     )
 
 

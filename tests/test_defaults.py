@@ -86,6 +86,7 @@ ROOMS = [
             "window_batch": 4,
             "short_side": None,
             "resize": None,
+            "size_divisor": 1,
         },
     ),
     (metrics.confusion_matrix, {"ignore_index": 255}),

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from cliptteacher.segmenters import build_segmenter, list_segmenters
+from cliptteacher.segmenters.fpn import PyramidHead
 
 
 @pytest.fixture
@@ -19,6 +20,18 @@ def test_any_size_gives_features_at_a_quarter(student: torch.nn.Module, size: tu
     features = student.eval()(torch.rand(1, 3, *size))
     assert features.shape == (1, 24, -(-size[0] // 4), -(-size[1] // 4))
     assert torch.isfinite(features).all()
+
+
+def test_coarse_cells_stay_over_their_pixels():
+    head = PyramidHead((1, 1), 1, 1).eval()
+    head.merge, head.classifier = torch.nn.Identity(), torch.nn.Identity()
+    torch.nn.init.ones_(head.lateral[1].weight)
+    torch.nn.init.zeros_(head.lateral[1].bias)
+    coarse = torch.arange(7.0).view(1, 1, 1, 7)  # 0 to 6, each over two finer cells
+    merged = head((torch.zeros(1, 1, 1, 13), coarse)) - head.lateral[0].bias
+    # Bilinear: finer cell i has its centre at (i + 0.5) / 2 - 0.5 coarse cells.
+    expected = ((torch.arange(13.0) + 0.5) / 2 - 0.5).clamp(min=0)
+    assert torch.allclose(merged.flatten(), expected)
 
 
 def test_every_parameter_learns(student: torch.nn.Module):

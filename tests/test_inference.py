@@ -194,6 +194,8 @@ def test_bytes_equal_floats(text: Tensor) -> None:
         ({"resize": (64, 20)}, (20, 29)),
         ({"resize": (33, 30)}, (23, 33)),
         ({"short_side": 60}, (60, 88)),
+        ({"short_side": 60, "size_divisor": 32}, (64, 96)),
+        ({"mode": "slide", "window": 30, "stride": 20, "size_divisor": 16}, (32, 32)),
     ],
 )
 def test_resizing_before_the_network(
@@ -215,6 +217,32 @@ def test_resize_is_that_of_the_transforms(text: Tensor) -> None:
     torch.testing.assert_close(
         Predictor(student, text, resize=(64, 20)).logits(image), expected.detach()
     )
+
+
+@pytest.mark.parametrize("size", [(30, 44), (64, 32), (9, 33), (1, 2)])
+def test_mirrored_pixels_leave_the_place_of_the_others(text: Tensor, size: tuple[int, int]) -> None:
+    """A student that looks at single pixels cannot tell whether there are more beyond."""
+
+    class PixelByPixel(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            assert images.shape[2] % 32 == images.shape[3] % 32 == 0
+            return images.repeat(1, 2, 1, 1)[:, :5]
+
+    image = picture(3, *size)
+    predictor = Predictor(PixelByPixel(), text, size_divisor=32)
+    expected = pixel_logits(image.repeat(2, 1, 1)[None, :5], F.normalize(text, dim=1))[0]
+    assert torch.equal(predictor.logits(image), expected)
+
+
+def test_a_checkpoint_keeps_the_size_divisor(tmp_path: Path) -> None:
+    student = build_segmenter("fpn_small", channels=5)
+    content = {"segmenter_name": "fpn_small", "resize": [40, 30], "size_divisor": 32}
+    trained = load_segmenter(write_checkpoint(tmp_path, student, **content))
+    seen: list[torch.Size] = []
+    trained.segmenter.register_forward_hook(lambda module, args, out: seen.append(args[0].shape))
+    trained.predictor()(picture(3, 60, 80))
+    trained.predictor(size_divisor=1)(picture(3, 60, 80))
+    assert seen == [(1, 3, 32, 64), (1, 3, 30, 40)]
 
 
 @pytest.mark.parametrize("classes", [1, 31, 32, 33, 100])
@@ -268,6 +296,7 @@ def test_half_precision_students_work(text: Tensor) -> None:
         ({"window": 8, "stride": 9}, r"got stride 9 for windows of 8 pixels"),
         ({"stride": 0}, r"`stride` must lie in 1\.\.window, got stride 0"),
         ({"window_batch": 0}, "`window_batch` must be at least 1, got 0"),
+        ({"size_divisor": 0}, "`size_divisor` must be at least 1, got 0"),
         ({"short_side": 8, "resize": (8, 8)}, "at most one of `short_side` and `resize`"),
     ],
 )

@@ -219,6 +219,7 @@ def test_unseen_classes_are_those_that_evaluation_finds(
         logit_scale=1.0,
         logits="dot",
         resize=None,
+        size_divisor=1,
         checkpoint={},
     )
     train.main(["--recipe", f"coco_to_{target}_swin_b", "--dry-run", "--device", "cpu"])

@@ -90,8 +90,9 @@ class PyramidHead(nn.Module):
         """Turn maps from fine to coarse into features at the size of the finest."""
         merged = self.lateral[-1](maps[-1])
         for lateral, finer in zip(list(self.lateral)[-2::-1], maps[-2::-1], strict=True):
-            coarse = F.interpolate(merged, finer.shape[2:], mode="bilinear", align_corners=False)
-            merged = lateral(finer) + coarse
+            # Twice the size, then cut: stretched to an odd size, a cell would leave its pixels.
+            coarse = F.interpolate(merged, scale_factor=2.0, mode="bilinear", align_corners=False)
+            merged = lateral(finer) + coarse[..., : finer.shape[2], : finer.shape[3]]
         return cast(Tensor, self.classifier(self.merge(merged)))
 
 

@@ -42,6 +42,7 @@ class TrainConfig:
     test_split: str = "val"  # evaluated at the end
     eval_mode: Literal["whole", "slide"] = "whole"
     eval_resize: tuple[int, int] | None = None  # (long, short) sides to fit images into
+    eval_size_divisor: int = 1  # mirror images to a multiple of this, the coarsest stride
     log_interval: int = 50  # iterations
     tensorboard: bool = False  # write TensorBoard events too; needs that package
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -76,7 +77,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         positive = ("iterations", "batch_size", "crop", "log_interval", "checkpoint_interval")
-        for name in (*positive, "accumulate"):
+        for name in (*positive, "accumulate", "eval_size_divisor"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}")
         if self.keep_checkpoints < 2:

@@ -73,6 +73,7 @@ def folder() -> dict[str, Any]:
         "resize": (160, 107),
         "ratio": (0.75, 1.75),
         "eval_resize": (160, 107),
+        "eval_size_divisor": 32,  # 107 is no multiple of the student's coarsest stride
         "eval_interval": 1000,
         "gamma": 0.0,
     }
