@@ -66,9 +66,9 @@ class OracleTeacher(CLIPTeacher):
 def main() -> None:
     if len(sys.argv) < 2 or sys.argv[1] not in KINDS:
         raise SystemExit(f"the first argument must be one of {', '.join(KINDS)}")
-    OracleTeacher.kind = sys.argv.pop(1)
+    OracleTeacher.kind = sys.argv[1]
     train.SeenOnly, train.CLIPTeacher = HiddenLabels, OracleTeacher
-    train.main()
+    train.main(sys.argv[2:])
 
 
 if __name__ == "__main__":
