@@ -253,6 +253,25 @@ INFERENCE = [
     ("no eval mode", "    module.eval()\n", ""),
     ("default gamma", "gamma: float = 1.5,", "gamma: float = 1.0,", DEFAULTS),
     ("default stride", "stride: int = 426,", "stride: int = 512,", DEFAULTS),
+    ("size divisor not passed on", "images, self.size_divisor)", "images, 1)"),
+    ("size divisor of the checkpoint forgotten", 'content.pop("size_divisor", 1)', "1"),
+    ("default size divisor", "size_divisor: int = 1,", "size_divisor: int = 32,", DEFAULTS),
+]
+
+PADDING = [
+    ("border row repeated", "max(1, 2 * side - 2)", "2 * side"),
+    ("mirrored once only", "there = there % max(1, 2 * side - 2)", "there = there"),
+    ("columns only", "for dim in (-2, -1):", "for dim in (-1,):"),
+    ("multiples mirrored too", "if side % divisor:", "if divisor > 1:"),
+    ("last cell cut off", "-(-side * cells // mirrored)", "side * cells // mirrored"),
+    ("nothing cut off", "features[..., :rows, :columns]", "features"),
+    ("rows and columns swapped", "[..., :rows, :columns]", "[..., :columns, :rows]"),
+]
+
+FPN = [
+    ("coarse maps stretched", 'F.interpolate(merged, scale_factor=2.0, mode', 'F.interpolate(merged, finer.shape[2:], mode'),
+    ("nearest instead of bilinear", 'mode="bilinear", align_corners=False', 'mode="nearest"'),
+    ("finer maps left out", "merged = lateral(finer) + coarse[", "merged = lateral(finer) * 0 + coarse["),
 ]
 
 CLIP_MODEL = [
@@ -472,6 +491,8 @@ GROUPS = [
     ("metrics.py", ("metrics",), METRICS),
     ("framework.py", ("framework",), FRAMEWORK),
     ("inference.py", ("inference",), INFERENCE),
+    ("segmenters/padding.py", ("padding",), PADDING),
+    ("segmenters/fpn.py", ("fpn",), FPN),
     ("clip/model.py", ("clip_model",), CLIP_MODEL),
     ("clip/convert.py", ("clip_weights", "clip_model"), CONVERT),
     ("clip/archive.py", ("clip_archive",), ARCHIVE),
