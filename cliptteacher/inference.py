@@ -69,9 +69,8 @@ class Predictor(nn.Module):
         stride: step between windows in pixels.
         window_batch: windows that pass through the student together, per image.
         short_side: resize images to this short side before the student, keeping the ratio.
-        resize: resize images to fit into these (long, short) sides; (2048, 512) is the size of
-            the benchmarks. At most one of `short_side` and `resize`; None keeps the size. Images
-            shrink with antialiasing, as in training.
+        resize: resize images to fit into these (long, short) sides, (2048, 512) in the
+            benchmarks; not with `short_side`. Images shrink with antialiasing, as in training.
         size_divisor: mirror images to a multiple of this, the student's coarsest stride.
 
     Raises:
@@ -103,10 +102,9 @@ class Predictor(nn.Module):
         _check_classes(text_features, unseen)
         _check_modes(logits, mode, short_side, resize)
         _check_windows(window, stride, window_batch, size_divisor)
-        self.segmenter = segmenter
+        self.segmenter, self.unseen = segmenter, tuple(unseen)
         self.cosine, self.mode, self.logit_scale = logits == "cosine", mode, logit_scale
         self.window, self.stride, self.window_batch = window, stride, window_batch
-        self.unseen = tuple(unseen)
         self.short_side, self.resize, self.size_divisor = short_side, resize, size_divisor
         text = F.normalize(text_features.detach().float(), dim=1)
         text = text.to(next((p.device for p in segmenter.parameters()), text.device))
