@@ -6,7 +6,8 @@
 An experiment, not a zero-shot result: the groups of the Pixel Learning Module are replaced by the
 hidden labels of the unseen classes, at the resolution of CLIP's tokens. Their names stay hidden,
 and all else is train.py, in one process. With `image` a class in two images is two potential
-classes, as in the paper; with `class` it is one.
+classes, as in the paper; with `class` it is one; `ground` is `image` with one more group in every
+image, of the pixels that have no label at all, which the module groups too.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from cliptteacher.plm import NO_LABEL, PixelTargets, merge_labels, resize_neares
 
 HIDDEN = 200  # labels from here on are the unseen classes; augmentation sees them, which is a leak
 SLOTS = IGNORE_INDEX - HIDDEN
-KINDS = ("image", "class")
+KINDS = ("image", "class", "ground")
 
 
 class HiddenLabels(SeenOnly):
@@ -37,6 +38,8 @@ class HiddenLabels(SeenOnly):
         super().__init__(dataset, closed_set=closed_set)
         for number, value in enumerate(dataset.unseen):
             self._lookup[value] = HIDDEN + number
+        if OracleTeacher.kind == "ground":
+            self._lookup[dataset.ignore_index] = HIDDEN + len(dataset.unseen)
 
 
 class OracleTeacher(CLIPTeacher):
