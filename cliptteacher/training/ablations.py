@@ -135,7 +135,7 @@ _READINGS = (
         _row(f"lambda_{value:g}", f"lambda {value:g}", fusion_threshold=value)
         for value in (0.7, 0.8, 0.9)
     ),
-    _row("one_group", "one group an image", fusion_threshold=-1.0),  # nothing to tell apart
+    _row("one_group", "lambda -1: one group", fusion_threshold=-1.0),  # nothing to tell apart
     *(
         _row(f"scales_{'_'.join(map(str, value))}", f"scales {value}", scales=value)
         for value in ((3,), (7,), (3, 7), (5,))
