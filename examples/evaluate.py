@@ -97,11 +97,12 @@ def run(args: argparse.Namespace, process: Process) -> None:
     student, unread = with_words(trained, dataset.class_names, args.clip)
     # A student that has seen all classes is the upper bound of the data set's own unseen ones.
     groups = student.unseen or dataset.unseen
-    gamma, sweep = choose_gamma(args, student, groups, inference_settings(args, trained), process)
+    settings = inference_settings(args, trained)
+    gamma, sweep = choose_gamma(args, student, groups, settings, process)
     if process.is_main:
         print_plan(args, student, dataset, gamma, unread)
     result = evaluate(
-        student.predictor(gamma=gamma, **inference_settings(args, trained)).to(process.device),
+        student.predictor(gamma=gamma, **settings).to(process.device),
         dataset,
         **pass_settings(args, groups, process),
         progress=print_progress() if process.is_main else None,
@@ -110,7 +111,8 @@ def run(args: argparse.Namespace, process: Process) -> None:
     if process.is_main:
         if args.json is not None:
             scores = scores_as_percent(result, dataset.class_names)
-            write_json({**summary(args, student, gamma, scores), "sweep": sweep}, args.json)
+            about = summary(args, student, settings, gamma, scores)
+            write_json({**about, "sweep": sweep}, args.json)
         print(format_scores(result, dataset.class_names, groups))
 
 
@@ -196,7 +198,7 @@ def inference_settings(args: argparse.Namespace, trained: TrainedSegmenter) -> d
         "window": window,
         "stride": args.stride or max(1, window * 5 // 6),
         "resize": tuple(args.resize) if args.resize else trained.resize,
-        "size_divisor": args.size_divisor or trained.size_divisor,
+        "size_divisor": trained.size_divisor if args.size_divisor is None else args.size_divisor,
     }
 
 
@@ -254,7 +256,11 @@ def prediction_writer(
 
 
 def summary(
-    args: argparse.Namespace, student: TrainedSegmenter, gamma: float, scores: dict[str, Any]
+    args: argparse.Namespace,
+    student: TrainedSegmenter,
+    settings: dict[str, Any],
+    gamma: float,
+    scores: dict[str, Any],
 ) -> dict[str, Any]:
     """Collect the scores and everything they depend on."""
     return {
@@ -268,9 +274,7 @@ def summary(
         "unseen": [student.class_names[k] for k in student.unseen],
         "gamma": gamma,
         "calibrated_on": args.calibrate,
-        "mode": args.mode,
-        "resize": args.resize or student.resize,
-        "size_divisor": args.size_divisor or student.size_divisor,
+        **{name: settings[name] for name in ("mode", "resize", "size_divisor")},
         "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
 
