@@ -9,10 +9,15 @@ leave out the comparison with the paper:
     <!-- evidence: ablation_table_3 ablation_bounds; rows: full no_glm; scores only -->
     the table
     <!-- end of evidence -->
+
+Or it compares one row in several settings, a line for each file, by its changes against `full`:
+
+    <!-- evidence: ablation_table_3 ablation_dice_1; changes of no_ce -->
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import sys
@@ -30,7 +35,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
 BLOCK = re.compile(
     r"(?P<first><!-- evidence: (?P<files>[\w ]+?)(?:; rows: (?P<rows>[\w .]+?))?"
-    r"(?P<short>; scores only)? -->\n).*?(?P<last><!-- end of evidence -->)",
+    r"(?P<short>; scores only)?(?:; changes of (?P<row>\w+))? -->\n)"
+    r".*?(?P<last><!-- end of evidence -->)",
     re.DOTALL,
 )
 
@@ -52,8 +58,12 @@ def main() -> None:
 
 def filled(block: re.Match[str]) -> str:
     """The block with the table that its first line asks for."""
+    files = block["files"].split()
     names = block["rows"].split() if block["rows"] else None
-    lines = table(block["files"].split(), names, compare=block["short"] is None)
+    if block["row"]:
+        lines = settings_table(files, block["row"])
+    else:
+        lines = table(files, names, compare=block["short"] is None)
     return "\n".join([block["first"], *lines, "", block["last"]])
 
 
@@ -61,7 +71,7 @@ def table(files: Sequence[str], names: Sequence[str] | None, *, compare: bool) -
     """Finished rows of several ablations with one base; one that stands in two comes once."""
     found: dict[str, list[str]] = {}
     for file in files:
-        content = json.loads((RESULTS / f"{file}.json").read_text())
+        content = read(file)
         for row in content["rows"]:
             if row["hIoU"]["mean"] is not None:
                 found.setdefault(row["row"], cells(row, content, compare))
@@ -69,6 +79,39 @@ def table(files: Sequence[str], names: Sequence[str] | None, *, compare: bool) -
     head = f"| {' | '.join(['row', 'seeds', *SCORES, *more])} |"
     body = [f"| {' | '.join(found[name])} |" for name in names or found]
     return [head, "|---" * (head.count("|") - 1) + "|", *body]
+
+
+def settings_table(files: Sequence[str], name: str) -> list[str]:
+    """The changes of one row against `full`, the paper's above, then a line for each file."""
+    lines = [f"| {' | '.join(['setting', 'seeds', *SCORES])} |", f"|{'---|' * (2 + len(SCORES))}"]
+    contents = [read(file) for file in files]
+    base, row = (find(contents[0], each)["paper"] for each in ("full", name))
+    told = [f"{row[score] - base[score]:+.1f}" for score in SCORES]
+    lines.append(f"| {' | '.join(['the paper', '-', *told])} |")
+    for content in contents:
+        changes = {score: find(content, name)[score]["change_by_seed"] for score in SCORES}
+        found = [number(changes[score], signed=True) for score in SCORES]
+        line = [setting(content["settings"]), str(len(changes[SCORES[-1]])), *found]
+        lines.append(f"| {' | '.join(line)} |")
+    return lines
+
+
+def setting(settings: dict[str, Any]) -> str:
+    """Data, base, iterations, and the weights of terms that differ from those of the base."""
+    pairs = itertools.pairwise(settings["more"])
+    weights = [f"`{flag} {value}`" for flag, value in pairs if flag.endswith("-weight")]
+    data = {"folder": "photographs"}.get(settings["data"], settings["data"])
+    return ", ".join([data, settings["base"], f"{settings['iterations']} iterations", *weights])
+
+
+def read(file: str) -> dict[str, Any]:
+    """The JSON file of an ablation."""
+    return dict(json.loads((RESULTS / f"{file}.json").read_text()))
+
+
+def find(content: dict[str, Any], name: str) -> dict[str, Any]:
+    """A row of it."""
+    return next(row for row in content["rows"] if row["row"] == name)
 
 
 def cells(row: dict[str, Any], content: dict[str, Any], compare: bool) -> list[str]:

@@ -81,6 +81,33 @@ def test_a_block_chooses_rows_and_columns(
     assert compared[4].endswith("| +3.0 | - | +, not in the paper |")
 
 
+def test_a_block_compares_one_row_in_several_settings(
+    evidence: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def row(name: str, paper: float, change: list[float]) -> dict[str, object]:
+        scores = {score: {"change_by_seed": change} for score in evidence.SCORES}
+        return {"row": name, "paper": dict.fromkeys(evidence.SCORES, paper), **scores}
+
+    settings = {"data": "miniworld", "base": "recipe", "iterations": 4, "more": []}
+    rows = [row("full", 40.0, [0.0, 0.0]), row("a", 38.5, [-4.0, -5.0])]
+    (tmp_path / "one.json").write_text(json.dumps({"rows": rows, "settings": settings}))
+    more = ["--precision", "bf16", "--focal-weight", "20", "--dice-weight", "1"]
+    settings = {"data": "folder", "base": "literal", "iterations": 5, "more": more}
+    rows = [row("full", 40.0, [0.0]), row("a", 38.5, [3.0])]
+    (tmp_path / "two.json").write_text(json.dumps({"rows": rows, "settings": settings}))
+    monkeypatch.setattr(evidence, "RESULTS", tmp_path)
+    page = "<!-- evidence: one two; changes of a -->\nold\n<!-- end of evidence -->"
+    lines = evidence.BLOCK.sub(evidence.filled, page).splitlines()
+    assert lines[1] == "| setting | seeds | pAcc | mIoU(S) | mIoU(U) | hIoU |"
+    assert lines[3] == "| the paper | - | -1.5 | -1.5 | -1.5 | -1.5 |"
+    assert lines[4].startswith("| miniworld, recipe, 4 iterations | 2 | -4.5 ± 0.7 | -4.5 ± 0.7 |")
+    assert lines[5] == (
+        "| photographs, literal, 5 iterations, `--focal-weight 20`, `--dice-weight 1` "
+        "| 1 | +3.0 | +3.0 | +3.0 | +3.0 |"
+    )
+    assert len(lines) == 8 and "old" not in lines
+
+
 def test_links_of_the_results_lead_somewhere() -> None:
     page = ROOT / "benchmarks" / "README.md"
     links = re.findall(r"\]\(([^)#]+)\)", page.read_text())
