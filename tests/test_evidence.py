@@ -98,14 +98,14 @@ def test_a_block_compares_one_row_in_several_settings(
     monkeypatch.setattr(evidence, "RESULTS", tmp_path)
     page = "<!-- evidence: one two; changes of a -->\nold\n<!-- end of evidence -->"
     lines = evidence.BLOCK.sub(evidence.filled, page).splitlines()
-    assert lines[1] == "| setting | seeds | pAcc | mIoU(S) | mIoU(U) | hIoU |"
-    assert lines[3] == "| the paper | - | -1.5 | -1.5 | -1.5 | -1.5 |"
-    assert lines[4].startswith("| miniworld, recipe, 4 iterations | 2 | -4.5 ± 0.7 | -4.5 ± 0.7 |")
-    assert lines[5] == (
+    assert lines[2] == "| setting | seeds | pAcc | mIoU(S) | mIoU(U) | hIoU |"
+    assert lines[4] == "| the paper | - | -1.5 | -1.5 | -1.5 | -1.5 |"
+    assert lines[5].startswith("| miniworld, recipe, 4 iterations | 2 | -4.5 ± 0.7 | -4.5 ± 0.7 |")
+    assert lines[6] == (
         "| photographs, literal, 5 iterations, `--focal-weight 20`, `--dice-weight 1` "
         "| 1 | +3.0 | +3.0 | +3.0 | +3.0 |"
     )
-    assert len(lines) == 8 and "old" not in lines
+    assert len(lines) == 9 and "old" not in lines
 
 
 def test_links_of_the_results_lead_somewhere() -> None:
