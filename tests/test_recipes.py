@@ -81,8 +81,17 @@ def counted_before(train: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_there_is_a_recipe_for_every_row() -> None:
     tables = [row.table for row in PAPER_ROWS.values()]
     assert [tables.count(table) for table in range(1, 6)] == [9, 6, 5, 2, 2]
-    assert list_recipes() == ["miniworld", "miniworld_tuned", "folder", "paper", *PAPER_ROWS]
+    laptop = ["miniworld", "miniworld_tuned", "folder", "folder_tuned"]
+    assert list_recipes() == [*laptop, "paper", *PAPER_ROWS]
     assert [default_recipe(kind) for kind in ("miniworld", "voc")] == ["miniworld", "paper"]
+
+
+def test_tuned_recipes_change_what_the_results_speak_for() -> None:
+    for name, fields in (
+        ("miniworld", {"glm_windows": (2, 4)}),
+        ("folder", {"focal_weight": 20.0, "dice_weight": 1.0}),
+    ):
+        assert get_recipe(f"{name}_tuned") == get_recipe(name) | fields
 
 
 def test_scores_are_those_of_the_paper() -> None:
