@@ -17,7 +17,6 @@ Or it compares one row in several settings, a line for each file, by its changes
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 import sys
@@ -27,7 +26,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
-from ablation_report import number, verdict  # noqa: E402
+from ablation_report import number, verdict, weights_of  # noqa: E402
 
 from cliptteacher.evaluation import SCORES  # noqa: E402
 
@@ -98,8 +97,7 @@ def settings_table(files: Sequence[str], name: str) -> list[str]:
 
 def setting(settings: dict[str, Any]) -> str:
     """Data, base, iterations, and the weights of terms that differ from those of the base."""
-    pairs = itertools.pairwise(settings["more"])
-    weights = [f"`{flag} {value}`" for flag, value in pairs if flag.endswith("-weight")]
+    weights = [f"`{weight}`" for weight in weights_of(settings)]
     data = {"folder": "photographs"}.get(settings["data"], settings["data"])
     return ", ".join([data, settings["base"], f"{settings['iterations']} iterations", *weights])
 

@@ -7,6 +7,7 @@ smaller than its standard deviation, the row is called "within the spread".
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -56,7 +57,8 @@ def write_report(
     write_json(content, output / "table.json")
     chart_rows = [chart_row(row, values[row.name]) for row in rows]
     title = f"Table {table}" if table.isdigit() else table.capitalize()
-    note = f"{settings['data']}, base {settings['base']}: mean and standard deviation over seeds"
+    setting = ", ".join([settings["data"], f"base {settings['base']}", *weights_of(settings)])
+    note = f"{setting}: mean and standard deviation over seeds"
     write_png(draw_chart(f"{title} on {settings['data']}", note, chart_rows), output / "chart.png")
     return text
 
@@ -176,6 +178,16 @@ def heading(table: str, settings: Mapping[str, Any]) -> str:
             f"{environment['commit']}, torch {environment['torch']}, one thread a run.\n",
         ]
     )
+
+
+def weights_of(settings: Mapping[str, Any]) -> list[str]:
+    """The weights of terms that were given to all rows, as flags.
+
+    >>> weights_of({"more": ["--precision", "bf16", "--dice-weight", "1"]})
+    ['--dice-weight 1']
+    """
+    pairs = itertools.pairwise(settings["more"])
+    return [f"{flag} {value}" for flag, value in pairs if flag.endswith("-weight")]
 
 
 def score_table(rows: Sequence[AblationRow], values: Mapping[str, Values]) -> list[str]:
