@@ -10,7 +10,8 @@ leave out the comparison with the paper:
     the table
     <!-- end of evidence -->
 
-Or it compares one row in several settings, a line for each file, by its changes against `full`:
+Or it compares one row in several settings, a line for each file, by its scores or by its changes
+against `full`:
 
     <!-- evidence: ablation_table_3 ablation_dice_1; changes of no_ce -->
 """
@@ -34,7 +35,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
 BLOCK = re.compile(
     r"(?P<first><!-- evidence: (?P<files>[\w ]+?)(?:; rows: (?P<rows>[\w .]+?))?"
-    r"(?P<short>; scores only)?(?:; changes of (?P<row>\w+))? -->\n)"
+    r"(?P<short>; scores only)?(?:; (?P<what>changes|scores) of (?P<row>\w+))? -->\n)"
     r".*?(?P<last><!-- end of evidence -->)",
     re.DOTALL,
 )
@@ -60,7 +61,7 @@ def filled(block: re.Match[str]) -> str:
     files = block["files"].split()
     names = block["rows"].split() if block["rows"] else None
     if block["row"]:
-        lines = settings_table(files, block["row"])
+        lines = settings_table(files, block["row"], changes=block["what"] == "changes")
     else:
         lines = table(files, names, compare=block["short"] is None)
     return "\n".join([block["first"], *lines, "", block["last"]])
@@ -80,26 +81,33 @@ def table(files: Sequence[str], names: Sequence[str] | None, *, compare: bool) -
     return [head, "|---" * (head.count("|") - 1) + "|", *body]
 
 
-def settings_table(files: Sequence[str], name: str) -> list[str]:
-    """The changes of one row against `full`, the paper's above, then a line for each file."""
+def settings_table(files: Sequence[str], name: str, *, changes: bool) -> list[str]:
+    """One row of each file: its scores, or its changes against `full` with the paper's above."""
     lines = [f"| {' | '.join(['setting', 'seeds', *SCORES])} |", f"|{'---|' * (2 + len(SCORES))}"]
     contents = [read(file) for file in files]
-    base, row = (find(contents[0], each)["paper"] for each in ("full", name))
-    told = [f"{row[score] - base[score]:+.1f}" for score in SCORES]
-    lines.append(f"| {' | '.join(['the paper', '-', *told])} |")
+    if changes:
+        base, row = (find(contents[0], each)["paper"] for each in ("full", name))
+        told = [f"{row[score] - base[score]:+.1f}" for score in SCORES]
+        lines.append(f"| {' | '.join(['the paper', '-', *told])} |")
     for content in contents:
-        changes = {score: find(content, name)[score]["change_by_seed"] for score in SCORES}
-        found = [number(changes[score], signed=True) for score in SCORES]
-        line = [setting(content["settings"]), str(len(changes[SCORES[-1]])), *found]
+        row = find(content, name)
+        runs = [run["scores"] for run in content["runs"] if run["row"] == name and run["scores"]]
+        found = [
+            row[score]["change_by_seed"] if changes else [run[score] for run in runs]
+            for score in SCORES
+        ]
+        values = [number(numbers, signed=changes) for numbers in found]
+        line = [setting(content["settings"]), str(len(found[-1])), *values]
         lines.append(f"| {' | '.join(line)} |")
     return lines
 
 
 def setting(settings: dict[str, Any]) -> str:
-    """Data, base, iterations, and the weights of terms that differ from those of the base."""
+    """Data, base, iterations if not the recipe's, and weights of terms if not the base's."""
     weights = [f"`{weight}`" for weight in weights_of(settings)]
     data = {"folder": "photographs"}.get(settings["data"], settings["data"])
-    return ", ".join([data, settings["base"], f"{settings['iterations']} iterations", *weights])
+    length = [f"{settings['iterations']} iterations"] if settings["iterations"] else []
+    return ", ".join([data, settings["base"], *length, *weights])
 
 
 def read(file: str) -> dict[str, Any]:

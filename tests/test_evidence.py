@@ -90,11 +90,14 @@ def test_a_block_compares_one_row_in_several_settings(
 
     settings = {"data": "miniworld", "base": "recipe", "iterations": 4, "more": []}
     rows = [row("full", 40.0, [0.0, 0.0]), row("a", 38.5, [-4.0, -5.0])]
-    (tmp_path / "one.json").write_text(json.dumps({"rows": rows, "settings": settings}))
+    runs = [{"row": "a", "scores": dict.fromkeys(evidence.SCORES, v)} for v in (34.0, 36.0)]
+    content = {"rows": rows, "settings": settings, "runs": [*runs, {"row": "a", "scores": None}]}
+    (tmp_path / "one.json").write_text(json.dumps(content))
     more = ["--precision", "bf16", "--focal-weight", "20", "--dice-weight", "1"]
-    settings = {"data": "folder", "base": "literal", "iterations": 5, "more": more}
+    settings = {"data": "folder", "base": "literal", "iterations": None, "more": more}
     rows = [row("full", 40.0, [0.0]), row("a", 38.5, [3.0])]
-    (tmp_path / "two.json").write_text(json.dumps({"rows": rows, "settings": settings}))
+    content = {"rows": rows, "settings": settings, "runs": []}
+    (tmp_path / "two.json").write_text(json.dumps(content))
     monkeypatch.setattr(evidence, "RESULTS", tmp_path)
     page = "<!-- evidence: one two; changes of a -->\nold\n<!-- end of evidence -->"
     lines = evidence.BLOCK.sub(evidence.filled, page).splitlines()
@@ -102,10 +105,13 @@ def test_a_block_compares_one_row_in_several_settings(
     assert lines[4] == "| the paper | - | -1.5 | -1.5 | -1.5 | -1.5 |"
     assert lines[5].startswith("| miniworld, recipe, 4 iterations | 2 | -4.5 ± 0.7 | -4.5 ± 0.7 |")
     assert lines[6] == (
-        "| photographs, literal, 5 iterations, `--focal-weight 20`, `--dice-weight 1` "
+        "| photographs, literal, `--focal-weight 20`, `--dice-weight 1` "
         "| 1 | +3.0 | +3.0 | +3.0 | +3.0 |"
     )
     assert len(lines) == 9 and "old" not in lines
+    scores = page.replace("changes of a", "scores of a").replace("one two", "one")
+    lines = evidence.BLOCK.sub(evidence.filled, scores).splitlines()
+    assert lines[4] == f"| miniworld, recipe, 4 iterations | 2 {'| 35.0 ± 1.4 ' * 4}|"
 
 
 def test_links_of_the_results_lead_somewhere() -> None:
