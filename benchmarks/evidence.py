@@ -91,7 +91,7 @@ def settings_table(files: Sequence[str], name: str, *, changes: bool) -> list[st
         lines.append(f"| {' | '.join(['the paper', '-', *told])} |")
     for content in contents:
         row = find(content, name)
-        runs = [run["scores"] for run in content["runs"] if run["row"] == name and run["scores"]]
+        runs = finished(content, name)
         found = [
             row[score]["change_by_seed"] if changes else [run[score] for run in runs]
             for score in SCORES
@@ -120,11 +120,16 @@ def find(content: dict[str, Any], name: str) -> dict[str, Any]:
     return next(row for row in content["rows"] if row["row"] == name)
 
 
+def finished(content: dict[str, Any], name: str) -> list[dict[str, float]]:
+    """The scores of the finished runs of a row."""
+    return [run["scores"] for run in content["runs"] if run["row"] == name and run["scores"]]
+
+
 def cells(row: dict[str, Any], content: dict[str, Any], compare: bool) -> list[str]:
     """One row: title, seeds, scores and, if asked, the change against the base."""
     base = content["rows"][0]
-    runs = [run for run in content["runs"] if run["row"] == row["row"] and run["scores"]]
-    scores = [number([run["scores"][name] for run in runs]) for name in SCORES]
+    runs = finished(content, row["row"])
+    scores = [number([run[name] for run in runs]) for name in SCORES]
     title = "full" if row is base else row["title"]
     line = [title, str(len(runs)), *scores]
     if compare:

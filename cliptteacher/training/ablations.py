@@ -148,7 +148,6 @@ _READINGS = (
     _row("detach_off", "prototypes not detached", detach_prototypes=False),
     _row("seen_competition_on", "seen competition on", seen_competition=True),
     _row("seen_competition_off", "seen competition off", seen_competition=False),
-    _row("ema_0.99", "weights averaged, decay 0.99", ema_decay=0.99),  # not in the paper
     *map(_gamma_row, (-2.0, -1.0, -0.5, 0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0)),
 )
 _WINDOWS = (
