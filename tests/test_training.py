@@ -471,7 +471,7 @@ def test_two_processes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", list_recipes())
 def test_recipes_resolve_and_name_a_known_student(name: str) -> None:
-    root = {"root": "photos"} if name == "folder" else {}
+    root = {"root": "photos"} if name.startswith("folder") else {}
     config, method = resolve_config((TrainConfig, CLIPTeacherConfig), (get_recipe(name), root))
     assert config.segmenter in list_segmenters()
     assert config.warmup < config.iterations
