@@ -76,19 +76,18 @@ def table(files: Sequence[str], names: Sequence[str] | None, *, compare: bool) -
             if row["hIoU"]["mean"] is not None:
                 found.setdefault(row["row"], cells(row, content, compare))
     more = ["change of hIoU", "in the paper", "hIoU: sign"] if compare else []
-    head = f"| {' | '.join(['row', 'seeds', *SCORES, *more])} |"
-    body = [f"| {' | '.join(found[name])} |" for name in names or found]
-    return [head, "|---" * (head.count("|") - 1) + "|", *body]
+    head = ["row", "seeds", *SCORES, *more]
+    return as_markdown(head, [found[name] for name in names or found])
 
 
 def settings_table(files: Sequence[str], name: str, *, changes: bool) -> list[str]:
     """One row of each file: its scores, or its changes against `full` with the paper's above."""
-    lines = [f"| {' | '.join(['setting', 'seeds', *SCORES])} |", f"|{'---|' * (2 + len(SCORES))}"]
+    lines: list[list[str]] = []
     contents = [read(file) for file in files]
     if changes:
         base, row = (find(contents[0], each)["paper"] for each in ("full", name))
         told = [f"{row[score] - base[score]:+.1f}" for score in SCORES]
-        lines.append(f"| {' | '.join(['the paper', '-', *told])} |")
+        lines.append(["the paper", "-", *told])
     for content in contents:
         row = find(content, name)
         runs = finished(content, name)
@@ -97,9 +96,8 @@ def settings_table(files: Sequence[str], name: str, *, changes: bool) -> list[st
             for score in SCORES
         ]
         values = [number(numbers, signed=changes) for numbers in found]
-        line = [setting(content["settings"]), str(len(found[-1])), *values]
-        lines.append(f"| {' | '.join(line)} |")
-    return lines
+        lines.append([setting(content["settings"]), str(len(found[-1])), *values])
+    return as_markdown(["setting", "seeds", *SCORES], lines)
 
 
 def setting(settings: dict[str, Any]) -> str:
@@ -108,6 +106,12 @@ def setting(settings: dict[str, Any]) -> str:
     data = {"folder": "photographs"}.get(settings["data"], settings["data"])
     length = [f"{settings['iterations']} iterations"] if settings["iterations"] else []
     return ", ".join([data, settings["base"], *length, *weights])
+
+
+def as_markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table."""
+    first, *rest = (f"| {' | '.join(line)} |" for line in (head, *body))
+    return [first, "|---" * len(head) + "|", *rest]
 
 
 def read(file: str) -> dict[str, Any]:
