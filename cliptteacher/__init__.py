@@ -7,11 +7,50 @@ Public names are resolved on first use (PEP 562), so importing one leaf stays ch
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:  # for editors and type checkers; at run time `__getattr__` imports them
+    from . import checkpoint as checkpoint
+    from . import clip as clip
+    from . import data as data
+    from . import distributed as distributed
+    from . import evaluation as evaluation
+    from . import files as files
+    from . import framework as framework
+    from . import fusion as fusion
+    from . import glm as glm
+    from . import inference as inference
+    from . import kmeans as kmeans
+    from . import logits as logits
+    from . import losses as losses
+    from . import metrics as metrics
+    from . import plm as plm
+    from . import segmenters as segmenters
+    from . import training as training
+    from . import visualize as visualize
+    from . import vla as vla
+    from .clip import CLIP as CLIP
+    from .clip import class_text_features as class_text_features
+    from .clip import load_clip as load_clip
+    from .clip import save_clip as save_clip
+    from .clip import tokenize as tokenize
+    from .evaluation import evaluate as evaluate
+    from .framework import CLIPTeacher as CLIPTeacher
+    from .framework import CLIPTeacherConfig as CLIPTeacherConfig
+    from .glm import GlobalLearningModule as GlobalLearningModule
+    from .inference import Predictor as Predictor
+    from .inference import load_segmenter as load_segmenter
+    from .inference import save_segmenter as save_segmenter
+    from .plm import PixelLearningModule as PixelLearningModule
+    from .plm import PLMConfig as PLMConfig
+    from .segmenters import adapt_segmenter as adapt_segmenter
+    from .segmenters import build_segmenter as build_segmenter
+    from .segmenters import list_segmenters as list_segmenters
 
-_ROOMS = {
+__version__ = "0.2.0"
+IGNORE_INDEX = 255  # the label of pixels without annotation
+
+_HOME = {
     "CLIP": "clip",
     "load_clip": "clip",
     "save_clip": "clip",
@@ -24,22 +63,25 @@ _ROOMS = {
     "CLIPTeacherConfig": "framework",
     "Predictor": "inference",
     "load_segmenter": "inference",
+    "save_segmenter": "inference",
     "evaluate": "evaluation",
     "GlobalLearningModule": "glm",
     "PixelLearningModule": "plm",
+    "PLMConfig": "plm",
 }
-_MODULES = {
-    *("clip", "data", "evaluation", "framework", "fusion", "glm", "inference", "kmeans"),
-    *("losses", "metrics", "plm", "segmenters", "training", "visualize", "vla"),
+_ROOMS = {
+    *("checkpoint", "clip", "data", "distributed", "evaluation", "files", "framework", "fusion"),
+    *("glm", "inference", "kmeans", "logits", "losses", "metrics", "plm", "segmenters"),
+    *("training", "visualize", "vla"),
 }
 
-__all__ = sorted([*_ROOMS, *_MODULES])
+__all__ = sorted([*_HOME, *_ROOMS, "IGNORE_INDEX"])
 
 
 def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
     if name in _ROOMS:
-        return getattr(importlib.import_module(f".{_ROOMS[name]}", __name__), name)
-    if name in _MODULES:
         return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -13,6 +13,7 @@ Cost: one prediction per image.
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,8 +23,10 @@ from torch.utils.data import DataLoader, Dataset
 from .data.splits import SegmentationDataset
 from .inference import Predictor
 from .metrics import Scores, SegmentationMetrics
+from .visualize import prediction_panel, write_png
 
 SCORES = ("pAcc", "mIoU(S)", "mIoU(U)", "hIoU")
+PANEL_IMAGES = 6
 Sample = tuple[int, Tensor, Tensor]  # index in the data set, image, labels
 
 
@@ -39,6 +42,7 @@ def evaluate(
     unseen: Sequence[int] | None = None,
     progress: Callable[[int, int], None] | None = None,
     on_sample: Callable[[int, Tensor, Tensor, Tensor], None] | None = None,
+    panel: str | Path | None = None,
 ) -> Scores:
     """Predict every image of a data set and compute the zero-shot scores.
 
@@ -53,6 +57,7 @@ def evaluate(
         unseen: label values that count as unseen; those of the data set if left out.
         progress: called with (images done, images in total) of this rank after every batch.
         on_sample: called with (index, image, labels, prediction), all on the CPU, for each image.
+        panel: PNG file to draw the first images of rank 0 into, with labels and predictions.
 
     Returns:
         "pAcc", "mIoU(S)", "mIoU(U)", "hIoU" as fractions and "IoU" of each class, over the images
@@ -65,18 +70,25 @@ def evaluate(
     indices = range(rank, len(dataset), world_size)
     groups = dataset.unseen if unseen is None else unseen
     metrics = SegmentationMetrics(len(dataset.class_names), unseen=groups)
+    shown: list[tuple[Tensor, Tensor, Tensor]] = []
     done = 0
     for batch in _read_batches(dataset, indices, workers, batch_size):
         images = torch.stack([image for _, image, _ in batch])
         labels = torch.stack([label for _, _, label in batch])
         predictions = predictor(images.to(device))
         metrics.update(predictions, labels.to(device))
-        if on_sample is not None:
+        drawing = panel is not None and rank == 0 and len(shown) < PANEL_IMAGES
+        if on_sample is not None or drawing:
             for (index, image, label), prediction in zip(batch, predictions.cpu(), strict=True):
-                on_sample(index, image, label, prediction)
+                if on_sample is not None:
+                    on_sample(index, image, label, prediction)
+                if drawing:
+                    shown.append((image, label, prediction))
         done += len(batch)
         if progress is not None:
             progress(done, len(indices))
+    if panel is not None and rank == 0:
+        _draw_panel(shown[:PANEL_IMAGES], dataset, Path(panel))
     if world_size > 1:  # a lone process must not wait for others, even inside a process group
         metrics.reduce()
     return metrics.compute()
@@ -163,6 +175,20 @@ def scores_as_percent(result: Mapping[str, Any], class_names: Sequence[str]) -> 
     classes = zip(class_names, result["IoU"], strict=True)
     percent["IoU"] = {name: _percent(float(value)) for name, value in classes}
     return percent
+
+
+def format_line(scores: Mapping[str, float | None]) -> str:
+    """Write the four scores of `scores_as_percent` as one line."""
+    cells = ((name, scores[name]) for name in SCORES)
+    return "  ".join(f"{name} {'-' if value is None else f'{value:.1f}'}" for name, value in cells)
+
+
+def _draw_panel(
+    shown: Sequence[tuple[Tensor, Tensor, Tensor]], dataset: SegmentationDataset, path: Path
+) -> None:
+    images, labels, predictions = (list(column) for column in zip(*shown, strict=True))
+    picture = prediction_panel(images, labels, predictions, dataset.class_names, dataset.unseen)
+    write_png(picture, path)
 
 
 class _Shard(Dataset[Sample]):

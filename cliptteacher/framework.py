@@ -15,61 +15,33 @@ The student is the only part that remains after training.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from . import IGNORE_INDEX
 from .clip import CLIP, ImageFeatures, class_text_features
+from .distributed import mean_over_processes
 from .glm import GlobalLearningModule, Pooling, split_windows
-from .inference import pixel_logits
-from .kmeans import Seeding
+from .logits import Similarity, pixel_logits
 from .losses import NELoss, count_pairs, full_precision, nel
-from .plm import (
-    GenerateLoss,
-    PixelLearningModule,
-    PotentialScope,
-    Similarity,
-    count_labelled,
-    resize_nearest,
-)
-from .training.distributed import mean_over_processes
-from .vla import Adapter
-
-IGNORE_INDEX = 255
+from .plm import PixelLearningModule, PLMConfig, count_labelled, resize_nearest
 
 
 @dataclass(frozen=True, kw_only=True)
-class CLIPTeacherConfig:
+class CLIPTeacherConfig(PLMConfig):
     """Every option of the method; the defaults are the literal reading of the paper."""
 
     templates: Literal["single", "ensemble"] = "single"  # prompts of the class names
-    logits: Similarity = "dot"  # student features against text, in training and at inference
+    similarity: Similarity = "dot"  # student features against text, in training and at inference
     logit_scale: float = 1.0  # factor of the seen logits
-    # Global Learning Module
     glm_pooling: Pooling = "attention"  # Table 4: attention, mean, max
     glm_windows: tuple[int, ...] = (1,)  # each of n x n windows has its CLS token; (1,): the image
     bank_size: int = 24  # iterations of CLS tokens that serve as negatives
     temperature: float = 0.07  # tau of Eq. (3)
-    # Pixel Learning Module
     ce: Literal["all", "seen", "none"] = "all"  # pseudo and seen labels; seen only; no CE
-    tokens: Literal["projected", "final"] = "projected"  # CLIP tokens to cluster
-    scales: tuple[int, ...] = (3, 7)  # window scales of Eq. (4)-(5)
-    seeding: Seeding = "grid"  # reading of Eq. (4)-(5)
-    kmeans_iterations: int = 10  # Lloyd iterations
-    fusion_threshold: float = 0.8  # lambda of Algorithm 1
-    ignored_share: float = 0.5  # unannotated share above which a token is clustered
-    potential_slots: int | None = None  # potential classes an image may own; None: all
-    potential_scope: PotentialScope = "batch"  # pixels compete with groups of the batch or image
-    pseudo_logits: Similarity = "dot"  # student features against potential classifiers
-    pseudo_scale: float = 1.0  # factor of the potential logits
-    detach_prototypes: bool = False  # no gradient from the VLA's queries into the student
-    seen_competition: bool = True  # seen pixels compete with potential classes too
-    global_prototypes: bool = False  # prototypes, VLA keys and CE of all processes' images
-    adapter: Adapter = "decoder"  # Table 5: decoder, mlp, identity
-    adapter_heads: int = 8  # attention heads of the decoder
-    generate_loss: GenerateLoss = "mse"  # Eq. (8), or "bce" of the paper's second version
     # weights of Eq. (11)-(12); 0 switches a term off
     global_weight: float = 1.0
     ce_weight: float = 1.0
@@ -84,8 +56,10 @@ class CLIPTeacher(nn.Module):
     """Train a student with a frozen CLIP; ``model(images, labels)`` gives the losses.
 
     The parameters of this module are the student's (``segmenter``) and the adapter's
-    (``plm.adapter``). CLIP follows the module to its device but is neither a submodule nor in the
-    state dict: optimisers, DDP and checkpoints never see it.
+    (``plm.adapter``); ``state_dict()`` holds them and the CLS bank, all that a run needs to go on.
+    CLIP follows the module to its device but is neither a submodule nor in the state dict:
+    optimisers, DDP and checkpoints never see it. The seen names are encoded at construction, on
+    CLIP's device: load it there.
 
     Args:
         clip: the teacher; frozen here.
@@ -132,24 +106,8 @@ class CLIPTeacher(nn.Module):
             GlobalLearningModule(config.glm_pooling, config.bank_size, config.temperature)
             for _ in config.glm_windows
         )
-        self.plm = PixelLearningModule(
-            clip.embed_dim,
-            scales=config.scales,
-            seeding=config.seeding,
-            iterations=config.kmeans_iterations,
-            threshold=config.fusion_threshold,
-            ignored_share=config.ignored_share,
-            slots=config.potential_slots,
-            scope=config.potential_scope,
-            adapter=config.adapter if self.uses_adapter else "identity",
-            heads=config.adapter_heads,
-            generate=config.generate_loss,
-            similarity=config.pseudo_logits,
-            scale=config.pseudo_scale,
-            detach_prototypes=config.detach_prototypes,
-            seen_competition=config.seen_competition,
-            over_processes=config.global_prototypes,
-        )
+        unused = {} if self.uses_adapter else {"adapter": "identity"}  # DDP waits for all gradients
+        self.plm = PixelLearningModule(clip.embed_dim, replace(config, **unused))
 
     @property
     def clip(self) -> CLIP:
@@ -162,12 +120,14 @@ class CLIPTeacher(nn.Module):
         config = self.config
         return (config.ce == "all" and config.ce_weight > 0) or config.generate_weight > 0
 
-    def forward(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def forward(self, images: Tensor, labels: Tensor, parts: int = 1) -> dict[str, Tensor]:
         """Compute every loss term of Eq. (11)-(12), arXiv:2310.02296v1, already weighted.
 
         Args:
             images: (B, 3, H, W) uint8, or float in [0, 1]; sides are multiples of CLIP's patch.
             labels: (B, H, W) integers: [0, S) in the order of ``seen_names``, 255 without label.
+            parts: calls that make one iteration (gradient accumulation); the CLS bank spans
+                iterations.
 
         Returns:
             ``global``, ``ce``, ``focal``, ``dice``, ``generate``, with an auxiliary head
@@ -199,7 +159,7 @@ class CLIPTeacher(nn.Module):
         zero = features.new_zeros((), dtype=torch.float32)
         losses = {"global": zero, "ce": zero, "focal": zero, "dice": zero, "generate": zero}
         if config.global_weight > 0:
-            losses["global"] = config.global_weight * self._global(features, pixels, cls)
+            losses["global"] = config.global_weight * self._global(features, pixels, cls, parts)
         if self.uses_adapter:
             pixel = self.plm(features, seen_logits, tokens, cls, labels, self.seen_text)
             losses["generate"] = config.generate_weight * pixel.generate
@@ -207,7 +167,7 @@ class CLIPTeacher(nn.Module):
                 losses["ce"] = config.ce_weight * pixel.ce
         if config.ce == "seen":
             losses["ce"] = config.ce_weight * seen_cross_entropy(
-                seen_logits, near_labels, config.global_prototypes
+                seen_logits, near_labels, config.over_processes
             )
         if config.focal_weight > 0 or config.dice_weight > 0:
             losses["focal"], losses["dice"] = self._nel(seen_logits, near_labels)
@@ -215,7 +175,7 @@ class CLIPTeacher(nn.Module):
             logits, near_labels = self._score_seen(auxiliary, labels)
             terms = [*self._nel(logits, near_labels)]
             if config.ce != "none":
-                ce = seen_cross_entropy(logits, near_labels, config.global_prototypes)
+                ce = seen_cross_entropy(logits, near_labels, config.over_processes)
                 terms.append(config.ce_weight * ce)
             losses["auxiliary"] = config.auxiliary_weight * torch.stack(terms).sum()
         if config.distill_weight > 0:
@@ -223,19 +183,18 @@ class CLIPTeacher(nn.Module):
         losses["total"] = torch.stack(tuple(losses.values())).sum()
         return losses
 
-    def _global(self, features: Tensor, pixels: Tensor, cls: Tensor) -> Tensor:
+    def _global(self, features: Tensor, pixels: Tensor, cls: Tensor, parts: int) -> Tensor:
         """L_global, the mean over the sizes of windows; the CLS tokens of the images are known."""
         terms = []
         for n, module in zip(self.config.glm_windows, self.glm, strict=True):
             tokens = cls if n == 1 else self.encode(split_windows(pixels, n)).cls
-            terms.append(module(split_windows(features, n), tokens))
+            terms.append(module(split_windows(features, n), tokens, parts))
         return torch.stack(terms).mean()
 
     def _score_seen(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Seen logits (B, S, h, w) of features, and the labels at their size."""
-        text = self.seen_text.to(features.dtype)
-        cosine = self.config.logits == "cosine"
-        logits = pixel_logits(features, text, self.config.logit_scale, cosine)
+        config = self.config
+        logits = pixel_logits(features, self.seen_text, config.logit_scale, config.similarity)
         return logits, resize_nearest(labels, (features.shape[2], features.shape[3]))
 
     def _nel(self, seen_logits: Tensor, near_labels: Tensor) -> NELoss:
@@ -250,7 +209,7 @@ class CLIPTeacher(nn.Module):
         )
 
     def encode(self, pixels: Tensor) -> ImageFeatures:
-        """Ask the teacher for CLS tokens (B, C) and dense tokens (B, C, h, w), no gradient."""
+        """Compute the teacher's CLS tokens (B, C) and dense tokens (B, C, h, w), no gradient."""
         with torch.inference_mode():
             teacher = self.clip.encode_image(pixels)
         # Autograd saves what enters a loss, and refuses tensors of that mode; a copy is none.

@@ -16,14 +16,13 @@ Cost: 2 B N C multiply-adds for the pooling, 24 B^2 C for the loss.
 
 from __future__ import annotations
 
-from collections import deque
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .distributed import gather_rows
 from .losses import full_precision, info_nce
 
 Pooling = Literal["attention", "mean", "max"]
@@ -101,53 +100,58 @@ def split_windows(maps: Tensor, n: int) -> Tensor:
     return windows.reshape(B * n * n, C, H // n, W // n)
 
 
-def gather_cls(cls: Tensor) -> tuple[Tensor, int]:
-    """Gather the CLS tokens of all ranks, without gradient.
-
-    Args:
-        cls: (B, C) of this rank; every rank holds as many.
-
-    Returns:
-        (world * B, C) in rank order, and the first row of this rank.
-    """
-    if not (dist.is_available() and dist.is_initialized()):
-        return cls.detach(), 0
-    B, C = cls.shape
-    gathered = cls.new_empty(dist.get_world_size() * B, C)
-    dist.all_gather_into_tensor(gathered, cls.detach().contiguous())
-    return gathered, dist.get_rank() * B
-
-
-class CLSBank:
+class CLSBank(nn.Module):
     """The CLS tokens of the last ``size`` iterations, the current one included.
 
-    Every rank inserts the same global batch, so the bank is the same on every rank.
+    Two buffers, so that ``state_dict()`` of any module around it holds the bank. Every rank inserts
+    the same global batch, so the bank is the same on every rank. The number of rows is fixed by the
+    first iteration; a later batch that is larger enlarges it, a smaller one (the last of an epoch)
+    displaces as many rows as it has.
 
     Args:
         size: n, iterations to keep; 1 (or 0) keeps the current batch alone.
+
+    Raises:
+        ValueError: ``size`` is negative.
     """
 
+    tokens: Tensor  # (M, C), the newest first
+    filled: Tensor  # scalar int64, how many rows of ``tokens`` hold a token
+
     def __init__(self, size: int = 24) -> None:
+        super().__init__()
         if size < 0:
             raise ValueError(f"the size of the CLS bank must be at least 0, got {size}")
-        self._batches: deque[Tensor] = deque(maxlen=max(1, size))
+        self.size = max(1, size)
+        self.register_buffer("tokens", torch.zeros(0, 0))
+        self.register_buffer("filled", torch.zeros((), dtype=torch.int64))
 
-    def insert(self, cls: Tensor) -> None:
-        """Insert the CLS tokens of one iteration (B, C) and drop the oldest, if full."""
-        self._batches.appendleft(full_precision(cls.detach()))
+    @torch.no_grad()
+    def insert(self, cls: Tensor, parts: int = 1) -> None:
+        """Insert the CLS tokens of one iteration, or of a part of it, and drop the oldest, if full.
 
-    def rows(self) -> Tensor:
-        """All tokens (M, C), the newest iteration first."""
-        return torch.cat(tuple(self._batches))
+        Args:
+            cls: (B, C).
+            parts: parts that make one iteration (gradient accumulation).
+        """
+        cls = full_precision(cls)
+        missing = self.size * parts * len(cls) - len(self.tokens)
+        if missing > 0:
+            empty = cls.new_zeros(missing, cls.shape[1])
+            self.tokens = torch.cat((self.tokens, empty)) if len(self.tokens) else empty
+        rows = len(self.tokens)
+        self.tokens.copy_(torch.cat((cls, self.tokens))[:rows])
+        self.filled.add_(len(cls)).clamp_(max=rows)
 
-    def state_dict(self) -> list[Tensor]:
-        """The batches, newest first, on the CPU."""
-        return [batch.cpu() for batch in self._batches]
+    def valid(self) -> Tensor:
+        """Mark the rows of ``tokens`` that hold a token, (M,) bool."""
+        return torch.arange(len(self.tokens), device=self.tokens.device) < self.filled
 
-    def load_state_dict(self, batches: list[Tensor], device: torch.device | str = "cpu") -> None:
-        """Take back what ``state_dict`` gave."""
-        self._batches.clear()
-        self._batches.extend(batch.to(device) for batch in batches)
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        stored = state.get(f"{prefix}tokens")
+        if stored is not None:  # the bank of another batch size has another number of rows
+            self.tokens = self.tokens.new_zeros(stored.shape)
+        super()._load_from_state_dict(state, prefix, *args)  # type: ignore[no-untyped-call]
 
 
 class GlobalLearningModule(nn.Module):
@@ -167,12 +171,13 @@ class GlobalLearningModule(nn.Module):
         self.temperature = temperature
         self.bank = CLSBank(bank_size)
 
-    def forward(self, features: Tensor, cls: Tensor) -> Tensor:
-        """Compute L_global, Eq. (3), arXiv:2310.02296v1, and remember the CLS tokens.
+    def forward(self, features: Tensor, cls: Tensor, parts: int = 1) -> Tensor:
+        """Compute L_global, Eq. (3), arXiv:2310.02296v1, and insert the CLS tokens into the bank.
 
         Args:
             features: R (B, C, h, w) of this rank's images.
             cls: s (B, C) of the same images.
+            parts: calls that make one iteration (gradient accumulation).
 
         Returns:
             scalar, the mean over the images of this rank
@@ -181,9 +186,13 @@ class GlobalLearningModule(nn.Module):
         the batch are negatives too; each image's own token is the positive, once.
         """
         pooled = pool_features(features, cls, self.pooling)
-        everyone, first = gather_cls(cls)
-        self.bank.insert(everyone)
-        own = torch.arange(first, first + cls.shape[0], device=cls.device)
+        everyone, first = gather_rows(cls)
+        self.bank.insert(everyone, parts)
         return info_nce(
-            pooled, cls, self.bank.rows(), temperature=self.temperature, target_rows=own
+            pooled,
+            cls,
+            self.bank.tokens,
+            temperature=self.temperature,
+            target_rows=torch.arange(first, first + cls.shape[0], device=cls.device),
+            bank_valid=self.bank.valid(),
         )

@@ -14,9 +14,10 @@ Sliding windows follow the toolbox: windows of 512 pixels every 426, the last on
 border, overlapping logits averaged by count.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,33 +25,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .checkpoint import load_checkpoint, save_student, student_content
+from .clip import CLIP, class_text_features, load_clip
+from .clip.prompts import spell_class_name
+from .data.images import ImageLike, to_image
 from .data.transforms import keep_ratio_size
+from .logits import Similarity, pixel_logits, upsample, upsampled_argmax
 from .segmenters import build_segmenter
 from .segmenters.padding import features_of_multiple
-from .training.checkpoint import load_checkpoint
+from .segmenters.student import evaluating
 
-LogitKind = Literal["dot", "cosine"]
 Mode = Literal["whole", "slide"]
-_CLASSES_AT_ONCE = 32  # classes upsampled together when only labels are asked for
-
-
-def pixel_logits(
-    features: Tensor, text: Tensor, logit_scale: float | Tensor = 1.0, cosine: bool = False
-) -> Tensor:
-    """Score every pixel against every class, the R^T T of Eq. (9), arXiv:2310.02296v1.
-
-    Args:
-        features: dense features R of the student, (B, C, h, w).
-        text: one row per class, (A, C); unit text features, used as they are given.
-        logit_scale: factor on the logits.
-        cosine: give every pixel unit length first.
-
-    Returns:
-        Logits, (B, A, h, w).
-    """
-    if cosine:
-        features = F.normalize(features, dim=1)
-    return logit_scale * torch.einsum("bchw,ac->bahw", features, text)
 
 
 class Predictor(nn.Module):
@@ -63,14 +48,13 @@ class Predictor(nn.Module):
         unseen: label values of the unseen classes, which get the bonus `gamma`.
         gamma: bonus in logit units; 1.5 in the paper (5 in its ablation without the GLM).
         logit_scale: factor on the logits before the bonus; the one of training.
-        logits: "dot" for raw features, "cosine" for features of unit length.
+        similarity: "dot" for raw features, "cosine" for features of unit length.
         mode: "whole" image at once, or a "slide" of windows.
         window: side of a window in pixels.
         stride: step between windows in pixels.
         window_batch: windows that pass through the student together, per image.
-        short_side: resize images to this short side before the student, keeping the ratio.
         resize: resize images to fit into these (long, short) sides, (2048, 512) in the
-            benchmarks; not with `short_side`. Images shrink with antialiasing, as in training.
+            benchmarks. Images shrink with antialiasing, as in training.
         size_divisor: mirror images to a multiple of this, the student's coarsest stride.
 
     Raises:
@@ -89,23 +73,23 @@ class Predictor(nn.Module):
         unseen: Sequence[int] = (),
         gamma: float = 1.5,
         logit_scale: float = 1.0,
-        logits: LogitKind = "dot",
+        similarity: Similarity = "dot",
         mode: Mode = "whole",
         window: int = 512,
         stride: int = 426,
         window_batch: int = 4,
-        short_side: int | None = None,
         resize: tuple[int, int] | None = None,
         size_divisor: int = 1,
     ) -> None:
         super().__init__()
         _check_classes(text_features, unseen)
-        _check_modes(logits, mode, short_side, resize)
+        _check_modes(similarity, mode)
         _check_windows(window, stride, window_batch, size_divisor)
         self.segmenter, self.unseen = segmenter, tuple(unseen)
-        self.cosine, self.mode, self.logit_scale = logits == "cosine", mode, logit_scale
+        self.similarity: Similarity = similarity
+        self.mode, self.logit_scale = mode, logit_scale
         self.window, self.stride, self.window_batch = window, stride, window_batch
-        self.short_side, self.resize, self.size_divisor = short_side, resize, size_divisor
+        self.resize, self.size_divisor = resize, size_divisor
         text = F.normalize(text_features.detach().float(), dim=1)
         text = text.to(next((p.device for p in segmenter.parameters()), text.device))
         bonus = torch.zeros_like(text[:, 0])
@@ -113,7 +97,7 @@ class Predictor(nn.Module):
         self.register_buffer("text_features", text)
         self.register_buffer("bonus", bonus)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def forward(self, image: Tensor) -> Tensor:
         """Predict the class of every pixel.
 
@@ -129,7 +113,7 @@ class Predictor(nn.Module):
         labels = upsampled_argmax(self._resized_logits(image), image.shape[-2:])
         return labels if image.ndim == 4 else labels.squeeze(0)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def logits(self, image: Tensor) -> Tensor:
         """Return the logits, bonus included, at the original size.
 
@@ -142,7 +126,7 @@ class Predictor(nn.Module):
         logits = upsample(self._resized_logits(image), image.shape[-2:])
         return logits if image.ndim == 4 else logits.squeeze(0)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def sweep(self, image: Tensor, gammas: Sequence[float]) -> Tensor:
         """Predict with several bonuses from one pass of the student, to choose one.
 
@@ -166,24 +150,18 @@ class Predictor(nn.Module):
     def _resized_logits(self, image: Tensor) -> Tensor:
         """Return logits (B, A, h, w), of whatever size the network works at."""
         images = _as_batch(image).to(self.text_features.device)
-        size = self._working_size(images)
-        if size != tuple(images.shape[-2:]):
+        H, W = images.shape[-2:]
+        size = keep_ratio_size(H, W, self.resize) if self.resize else (H, W)
+        if size != (H, W):
             # As training shrinks them: a large photograph at a quarter of its size must not alias.
             images = F.interpolate(images, size, mode="bilinear", antialias=True)
-        with _evaluating(self.segmenter):
+        with evaluating(self.segmenter):
             return self._slide(images) if self.mode == "slide" else self._whole(images)
-
-    def _working_size(self, images: Tensor) -> tuple[int, int]:
-        height, width = images.shape[-2:]
-        if self.short_side is not None:
-            return keep_ratio_size(height, width, (float("inf"), self.short_side))
-        return keep_ratio_size(height, width, self.resize) if self.resize else (height, width)
 
     def _whole(self, images: Tensor) -> Tensor:
         features = features_of_multiple(self.segmenter, images, self.size_divisor)
-        text = self.text_features.to(features.dtype)
-        logits = pixel_logits(features, text, self.logit_scale, self.cosine).float()
-        return logits + self.bonus[:, None, None]
+        logits = pixel_logits(features, self.text_features, self.logit_scale, self.similarity)
+        return logits.float() + self.bonus[:, None, None]
 
     def _slide(self, images: Tensor) -> Tensor:
         """Average the logits of overlapping windows of one size; (B, A, H, W)."""
@@ -208,18 +186,17 @@ class Predictor(nn.Module):
 
 @dataclass(frozen=True)
 class TrainedSegmenter:
-    """Hold a trained student and everything it needs to predict the words of its training run.
+    """A trained student and everything it needs to predict: ``segment(image)`` gives a label map.
+
+    Made by `load_segmenter`. It predicts on the device of its student.
 
     Args:
         segmenter: student, in eval mode, images (B, 3, H, W) in [0, 1] -> features (B, C, h, w).
         class_names: names of all A classes, seen and unseen.
         unseen: label values of the unseen classes.
         text_features: unit rows, (A, C), in the order of `class_names`.
-        gamma: bonus of the unseen classes.
-        logit_scale: factor on the logits.
-        logits: "dot" or "cosine", as in training.
-        resize: (long, short) sides that images are fitted into, or None: as they are.
-        size_divisor: images are mirrored to a multiple of this.
+        settings: arguments of `Predictor`: ``gamma``, ``logit_scale``, ``similarity``, ``resize``,
+            ``size_divisor``.
         checkpoint: the other entries of the checkpoint ("step", "config", "clip", ...).
     """
 
@@ -227,27 +204,98 @@ class TrainedSegmenter:
     class_names: tuple[str, ...]
     unseen: tuple[int, ...]
     text_features: Tensor
-    gamma: float
-    logit_scale: float
-    logits: LogitKind
-    resize: tuple[int, int] | None
-    size_divisor: int
+    settings: dict[str, Any]
     checkpoint: dict[str, Any]
+
+    def __call__(
+        self,
+        image: ImageLike,
+        words: Sequence[str] | None = None,
+        clip: CLIP | str | Path | None = None,
+    ) -> Tensor:
+        """Segment one image.
+
+        Args:
+            image: a path, a PIL image, an array (H, W, 3), or a tensor (3, H, W).
+            words: what labels 0, 1, ... shall mean, instead of `class_names`.
+            clip: as for `with_words`, which is faster for many images.
+
+        Returns:
+            Labels, int64 (H, W), on the device of the student.
+        """
+        student = self if words is None else self.with_words(words, clip)
+        return student.predictor()(to_image(image))
 
     def predictor(self, **settings: Any) -> Predictor:
         """Return a `Predictor` of these classes; `settings` add to its arguments or replace them.
 
         For example ``load_segmenter("runs/miniworld").predictor(mode="slide")(image)``.
         """
-        stored = {
-            "unseen": self.unseen,
-            "gamma": self.gamma,
-            "logit_scale": self.logit_scale,
-            "logits": self.logits,
-            "resize": None if "short_side" in settings else self.resize,
-            "size_divisor": self.size_divisor,
-        }
-        return Predictor(self.segmenter, self.text_features, **{**stored, **settings})
+        arguments = {"unseen": self.unseen, **self.settings, **settings}
+        return Predictor(self.segmenter, self.text_features, **arguments)
+
+    def with_words(
+        self, words: Sequence[str], clip: CLIP | str | Path | None = None
+    ) -> TrainedSegmenter:
+        """Return the same student for other words than those of its training run.
+
+        Words of the training run keep their stored features; for any other, the text encoder of
+        the CLIP that taught the student reads the words (section 3.4, arXiv:2310.02296v1). Unseen
+        are the words that training had no labels for.
+
+        Args:
+            words: what labels 0, 1, ... shall mean.
+            clip: the teacher, or its name or path, if it is not where the training run had it.
+
+        Raises:
+            FileNotFoundError: if the CLIP is needed and not there.
+            ValueError: if a word is blank, or the CLIP is not the one that taught the student.
+        """
+        keys = [spell_class_name(word) for word in words]
+        known = {spell_class_name(name): k for k, name in enumerate(self.class_names)}
+        seen = {key for key, k in known.items() if k not in self.unseen}
+        if all(key in known for key in keys):
+            text = self.text_features[[known[key] for key in keys]]
+        else:
+            teacher = self._load_teacher(clip)
+            text = class_text_features(teacher, words, self.checkpoint.get("templates", "single"))
+        unseen = tuple(k for k, key in enumerate(keys) if key not in seen)
+        return replace(self, class_names=tuple(words), unseen=unseen, text_features=text)
+
+    def _load_teacher(self, clip: CLIP | str | Path | None) -> CLIP:
+        source = clip or self.checkpoint.get("clip")
+        if source is None:
+            raise ValueError(
+                "words that the student was not trained with need its teacher, got none; name it "
+                "as `clip` (--clip)"
+            )
+        try:
+            teacher = source if isinstance(source, CLIP) else load_clip(source)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"words that the student was not trained with need its teacher, but {error}; "
+                "name it as `clip` (--clip)"
+            ) from error
+        width = self.text_features.shape[1]
+        if teacher.embed_dim != width:
+            raise ValueError(
+                f"the CLIP must be the one that taught the student, with {width} channels, got "
+                f"{teacher.embed_dim}; give another as `clip` (--clip)"
+            )
+        return teacher
+
+
+def save_segmenter(path: str | Path, segmenter: nn.Module, **description: Any) -> None:
+    """Save a student of any training loop, with everything that `load_segmenter` needs.
+
+    Args:
+        path: the file to write, whole or not at all.
+        segmenter: the student. One of `build_segmenter` is rebuilt from its name and options; for
+            any other, `load_segmenter` needs the network.
+        description: ``names=``, ``unseen=``, ``text_features=``, ``gamma=`` and the further
+            arguments of `checkpoint.student_content`.
+    """
+    save_student({"step": 0, **student_content(segmenter, **description)}, path)
 
 
 def load_segmenter(path: str | Path, segmenter: nn.Module | None = None) -> TrainedSegmenter:
@@ -267,7 +315,12 @@ def load_segmenter(path: str | Path, segmenter: nn.Module | None = None) -> Trai
     content = load_checkpoint(path)
     weights, name = content.pop("segmenter"), content["segmenter_name"]
     if segmenter is None:
-        segmenter = build_segmenter(name, channels=content["channels"])
+        if name is None:
+            raise ValueError(
+                f"the student in {path} was not made by build_segmenter; pass the network it was "
+                "trained in as `segmenter`"
+            )
+        segmenter = build_segmenter(name, content["channels"], **content["segmenter_options"])
     try:
         segmenter.load_state_dict(weights)
     except RuntimeError as error:  # torch lists every tensor; the first says enough
@@ -277,16 +330,18 @@ def load_segmenter(path: str | Path, segmenter: nn.Module | None = None) -> Trai
             "pass the network they were trained in as `segmenter`"
         ) from None
     content.pop("training", None)  # optimiser and bank: several times the weights
+    resize = content.pop("resize") or None
+    settings = {key: content.pop(key) for key in ("gamma", "logit_scale", "similarity")}
     return TrainedSegmenter(
         segmenter=segmenter.eval(),
         class_names=tuple(content.pop("class_names")),
         unseen=tuple(content.pop("unseen")),
         text_features=content.pop("text_features"),
-        gamma=content.pop("gamma"),
-        logit_scale=content.pop("logit_scale"),
-        logits=content.pop("logits", "dot"),
-        resize=tuple(content.pop("resize", None) or ()) or None,
-        size_divisor=content.pop("size_divisor", 1),
+        settings={
+            **settings,
+            "resize": None if resize is None else tuple(resize),
+            "size_divisor": content.pop("size_divisor"),
+        },
         checkpoint=content,
     )
 
@@ -300,46 +355,6 @@ def window_starts(length: int, window: int, stride: int) -> list[int]:
     last = max(length - window, 0)
     steps = -(-last // stride)
     return [min(step * stride, last) for step in range(steps + 1)]
-
-
-def upsample(maps: Tensor, size: Sequence[int]) -> Tensor:
-    """Resize maps (B, X, h, w) to (B, X, *size), bilinear with align_corners False."""
-    if maps.shape[-2:] == tuple(size):
-        return maps
-    return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)
-
-
-def upsampled_argmax(logits: Tensor, size: Sequence[int]) -> Tensor:
-    """Return `upsample(logits, size).argmax(1)` with a bounded number of classes in memory.
-
-    A photograph of 12 million pixels times 171 classes would take 8 GB at once.
-
-    Args:
-        logits: (B, A, h, w).
-        size: height and width of the result.
-
-    Returns:
-        Labels, int64 (B, *size).
-    """
-    best, labels = upsample(logits[:, :_CLASSES_AT_ONCE], size).max(dim=1)
-    for first in range(_CLASSES_AT_ONCE, logits.shape[1], _CLASSES_AT_ONCE):
-        chunk = upsample(logits[:, first : first + _CLASSES_AT_ONCE], size)
-        value, index = chunk.max(dim=1)
-        labels = torch.where(value > best, index + first, labels)
-        best = torch.maximum(best, value)
-    return labels
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Put a module into eval mode, then give every part of it its own mode back."""
-    training = [part for part in module.modules() if part.training]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True
 
 
 def _as_batch(image: Tensor) -> Tensor:
@@ -376,17 +391,11 @@ def _check_classes(text_features: Tensor, unseen: Sequence[int]) -> None:
         )
 
 
-def _check_modes(
-    logits: str, mode: str, short_side: int | None, resize: tuple[int, int] | None
-) -> None:
-    if logits not in ("dot", "cosine"):
-        raise ValueError(f'`logits` must be "dot" or "cosine", got {logits!r}')
+def _check_modes(similarity: str, mode: str) -> None:
+    if similarity not in ("dot", "cosine"):
+        raise ValueError(f'`similarity` must be "dot" or "cosine", got {similarity!r}')
     if mode not in ("whole", "slide"):
         raise ValueError(f'`mode` must be "whole" or "slide", got {mode!r}')
-    if short_side is not None and resize is not None:
-        raise ValueError(
-            f"at most one of `short_side` and `resize` may be given, got {short_side} and {resize}"
-        )
 
 
 def _check_windows(window: int, stride: int, window_batch: int, size_divisor: int) -> None:

@@ -20,24 +20,27 @@ Cost: K-Means 2 * iterations * B N K C, logits B h w C (S + B * slots) multiply-
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import IGNORE_INDEX
+from .distributed import gather_rows, mean_over_processes, sum_over_processes
 from .fusion import fuse_clusters
 from .kmeans import Seeding, masked_kmeans, multiscale_centers
+from .logits import Similarity, pixel_logits
 from .losses import full_precision
-from .training.distributed import gather_rows, mean_over_processes, sum_over_processes
 from .vla import Adapter, build_adapter
 
 NO_LABEL = -1  # pixels without any label; pseudo label ids pass 255, so 255 cannot serve
-_ABSENT = -1e4  # bias of absent classifiers; finite, and within float16
+_NO_MATCH = -1e4  # logit of classes that a pixel does not compete with; within float16
+IGNORED_SHARE = 0.5  # a token is clustered if more than this share of its pixels has no label
 
 PotentialScope = Literal["batch", "image"]
 GenerateLoss = Literal["mse", "bce"]
-Similarity = Literal["dot", "cosine"]
 
 
 class PixelTargets(NamedTuple):
@@ -54,7 +57,7 @@ class PixelLosses(NamedTuple):
     generate: Tensor  # scalar
 
 
-def unannotated_share(labels: Tensor, grid: tuple[int, int], ignore_index: int = 255) -> Tensor:
+def unannotated_share(labels: Tensor, grid: tuple[int, int], ignore_index: int = IGNORE_INDEX) -> Tensor:
     """Average, for every token, how many of its pixels have no label.
 
     Args:
@@ -70,7 +73,7 @@ def unannotated_share(labels: Tensor, grid: tuple[int, int], ignore_index: int =
 
 
 def merge_labels(
-    labels: Tensor, groups: Tensor, num_seen: int, slots: int, ignore_index: int = 255
+    labels: Tensor, groups: Tensor, num_seen: int, slots: int, ignore_index: int = IGNORE_INDEX
 ) -> Tensor:
     """Join seen labels and groups into L_a, Eq. (6), arXiv:2310.02296v1.
 
@@ -149,36 +152,6 @@ def generate_loss(
     return (per_class * present).sum() / present.sum().clamp(min=1)
 
 
-def score_classes(
-    features: Tensor,
-    weights: Tensor,
-    scale: float = 1.0,
-    similarity: Similarity = "dot",
-    present: Tensor | None = None,
-) -> Tensor:
-    """Score every position against classifiers, Eq. (9), arXiv:2310.02296v1.
-
-    Args:
-        features: R (B, C, h, w).
-        weights: (K, C) for all images, or (B, K, C), one set per image.
-        scale: factor of the scores.
-        similarity: "dot" takes both sides as they are, "cosine" at unit length.
-        present: (K,) or (B, K) bool; absent classifiers score about -10^4.
-
-    Returns:
-        (B, K, h, w) in the dtype of ``features``
-    """
-    if similarity == "cosine":
-        features, weights = F.normalize(features, dim=1), F.normalize(weights, dim=-1)
-    weights = (scale * weights).to(features.dtype)
-    equation = "bchw,kc->bkhw" if weights.ndim == 2 else "bchw,bkc->bkhw"
-    scores = torch.einsum(equation, features, weights)
-    if present is None:
-        return scores
-    bias = torch.where(present, 0.0, _ABSENT).to(scores.dtype)
-    return scores + bias[..., None, None]  # (K, 1, 1) or (B, K, 1, 1)
-
-
 def pixel_cross_entropy(
     seen_logits: Tensor,
     potential_logits: Tensor,
@@ -202,7 +175,7 @@ def pixel_cross_entropy(
     num_seen = seen_logits.shape[1]
     if not seen_competition:
         is_seen = ((labels >= 0) & (labels < num_seen))[:, None]
-        potential_logits = potential_logits.masked_fill(is_seen, _ABSENT)
+        potential_logits = potential_logits.masked_fill(is_seen, _NO_MATCH)
     logits = torch.cat((seen_logits, potential_logits), dim=1)
     logits = full_precision(logits)
     total = F.cross_entropy(logits, labels, ignore_index=NO_LABEL, reduction="sum")
@@ -215,56 +188,38 @@ def count_labelled(labelled: Tensor, over_processes: bool = False) -> Tensor:
     return (mean_over_processes(count.float()) if over_processes else count).clamp(min=1)
 
 
+@dataclass(frozen=True, kw_only=True)
+class PLMConfig:
+    """Options of the Pixel Learning Module; the defaults are the literal reading of the paper."""
+
+    tokens: Literal["projected", "final"] = "projected"  # CLIP tokens to cluster
+    scales: tuple[int, ...] = (3, 7)  # window scales of Eq. (4)-(5)
+    seeding: Seeding = "grid"  # reading of Eq. (4)-(5), see kmeans.multiscale_centers
+    kmeans_iterations: int = 10  # Lloyd iterations
+    fusion_threshold: float = 0.8  # lambda of Algorithm 1
+    potential_slots: int | None = None  # potential classes an image may own; None: all
+    potential_scope: PotentialScope = "batch"  # pixels compete with groups of the batch or image
+    pseudo_similarity: Similarity = "dot"  # student features against potential classifiers
+    pseudo_scale: float = 1.0  # factor of the potential logits
+    detach_prototypes: bool = False  # no gradient from the VLA's queries into the student
+    seen_competition: bool = True  # seen pixels compete with potential classes too
+    over_processes: bool = False  # prototypes, VLA keys and CE of all processes' images
+    adapter: Adapter = "decoder"  # Table 5: decoder, mlp, identity
+    generate_loss: GenerateLoss = "mse"  # Eq. (8), or "bce" of the paper's second version
+
+
 class PixelLearningModule(nn.Module):
     """Find potential objects in the unannotated area and learn to tell them apart.
 
     Args:
         channels: C.
-        scales: window counts (or sizes, by ``seeding``) of the multi-scale centres.
-        seeding: reading of Eq. (4)-(5); see ``kmeans.multiscale_centers``.
-        iterations: Lloyd iterations.
-        threshold: lambda of Algorithm 1.
-        ignored_share: a token takes part if more than this share of its pixels has no label.
-        slots: potential classes that an image may own; None keeps every group (one slot a centre).
-        scope: "batch": every pixel competes with the groups of all images; "image": with those of
-            its own.
-        adapter, heads: design of the VLA; see ``vla.build_adapter``.
-        generate: "mse" or "bce"; see ``generate_loss``.
-        similarity, scale: how features are compared with the potential classifiers.
-        detach_prototypes: the queries of the VLA carry no gradient into the student.
-        seen_competition: see ``pixel_cross_entropy``.
-        over_processes: prototypes, the VLA's keys and the mean of the cross entropy are those of
-            the batch of all processes: two of them equal one with both halves of the batch.
+        config: options; default the literal reading of the paper.
     """
 
-    def __init__(
-        self,
-        channels: int,
-        *,
-        scales: tuple[int, ...] = (3, 7),
-        seeding: Seeding = "grid",
-        iterations: int = 10,
-        threshold: float = 0.8,
-        ignored_share: float = 0.5,
-        slots: int | None = None,
-        scope: PotentialScope = "batch",
-        adapter: Adapter = "decoder",
-        heads: int = 8,
-        generate: GenerateLoss = "mse",
-        similarity: Similarity = "dot",
-        scale: float = 1.0,
-        detach_prototypes: bool = False,
-        seen_competition: bool = True,
-        over_processes: bool = False,
-    ) -> None:
+    def __init__(self, channels: int, config: PLMConfig | None = None) -> None:
         super().__init__()
-        self.adapter = build_adapter(adapter, channels, heads)
-        self.scales, self.seeding, self.iterations = scales, seeding, iterations
-        self.threshold, self.ignored_share, self.slots = threshold, ignored_share, slots
-        self.scope, self.generate = scope, generate
-        self.similarity, self.scale = similarity, scale
-        self.detach_prototypes, self.seen_competition = detach_prototypes, seen_competition
-        self.over_processes = over_processes
+        self.config = config or PLMConfig()
+        self.adapter = build_adapter(self.config.adapter, channels)
 
     @torch.no_grad()
     def group_tokens(self, dense: Tensor, labels: Tensor) -> tuple[Tensor, int]:
@@ -279,12 +234,12 @@ class PixelLearningModule(nn.Module):
             number of clusters that an image starts with, which no group id reaches.
         """
         B, _, h, w = dense.shape
-        dense = dense.float()
-        take_part = unannotated_share(labels, (h, w)) > self.ignored_share
-        centers = multiscale_centers(dense, self.scales, self.seeding)
+        config, dense = self.config, dense.float()
+        take_part = unannotated_share(labels, (h, w)) > IGNORED_SHARE
+        centers = multiscale_centers(dense, config.scales, config.seeding)
         tokens = dense.flatten(2).transpose(1, 2)  # (B, N, C')
-        clusters = masked_kmeans(tokens, centers, take_part.flatten(1), self.iterations)
-        group_of_cluster = fuse_clusters(clusters.centers, clusters.counts > 0, self.threshold)
+        clusters = masked_kmeans(tokens, centers, take_part.flatten(1), config.kmeans_iterations)
+        group_of_cluster = fuse_clusters(clusters.centers, clusters.counts > 0, config.fusion_threshold)
         groups = group_of_cluster.gather(1, clusters.assignment.clamp(min=0))
         groups = groups.where(take_part.flatten(1), NO_LABEL).reshape(B, h, w)
         return groups, centers.shape[1]
@@ -295,7 +250,8 @@ class PixelLearningModule(nn.Module):
     ) -> PixelTargets:
         """Make L_a, Eq. (6), at the resolution (h, w) of the student's features."""
         groups, num_clusters = self.group_tokens(dense, labels)
-        slots = num_clusters if self.slots is None else self.slots
+        slots = self.config.potential_slots
+        slots = num_clusters if slots is None else slots
         near_labels, near_groups = resize_nearest(labels, size), resize_nearest(groups, size)
         return PixelTargets(merge_labels(near_labels, near_groups, num_seen, slots), slots)
 
@@ -318,27 +274,29 @@ class PixelLearningModule(nn.Module):
             labels: (B, H, W) seen labels in [0, S), 255 without.
             text: T (S, C), unit text features of the seen classes.
         """
+        config, S = self.config, text.shape[0]
         B, _, h, w = features.shape
-        S = text.shape[0]
         ids, slots = self.make_targets(dense, labels, (h, w), S)
         first = 0  # image of this process among all that share prototypes
-        if self.over_processes:
+        if config.over_processes:
             cls, first = gather_rows(cls)
             ids = torch.where(ids < S, ids, ids + first * slots)
         num_labels = S + cls.shape[0] * slots
-        prototypes, present = class_prototypes(features, ids, num_labels, self.over_processes)
-        if self.detach_prototypes:
+        prototypes, present = class_prototypes(features, ids, num_labels, config.over_processes)
+        if config.detach_prototypes:
             prototypes = prototypes.detach()
         generated = self.adapter(prototypes, cls, present)  # (S + images * slots, C)
-        loss = generate_loss(generated[:S], text, present[:S], self.generate)
+        loss = generate_loss(generated[:S], text, present[:S], config.generate_loss)
         potential, exists = generated[S:], present[S:]
-        if self.scope == "image":
+        if config.potential_scope == "image":
             own = slice(first * slots, (first + B) * slots)
             potential, exists = potential[own].reshape(B, slots, -1), exists[own].reshape(B, slots)
             ids = own_image_ids(ids, S, slots)
-        logits = score_classes(features, potential, self.scale, self.similarity, exists)
+        logits = pixel_logits(
+            features, potential, config.pseudo_scale, config.pseudo_similarity, exists
+        )
         ce = pixel_cross_entropy(
-            seen_logits, logits, ids, self.seen_competition, self.over_processes
+            seen_logits, logits, ids, config.seen_competition, config.over_processes
         )
         return PixelLosses(ce, loss)
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .model import CLIP
-from .tokenizer import tokenize
+from .tokenizer import load_tokenizer, tokenize
 
 SINGLE = ("a photo of a {}.",)
 ENSEMBLE = (
@@ -108,6 +108,22 @@ def clean_class_name(name: str) -> str:
     if not words:
         raise ValueError(f"a class name must hold at least one word, got {name!r}")
     return " ".join(words)
+
+
+def spell_class_name(word: str) -> str:
+    """Spell a word as the text encoder reads it, so that "Wall-Brick" is "wall brick"."""
+    return clean_class_name(word).lower()
+
+
+def unread_words(clip: CLIP, words: Sequence[str]) -> list[str]:
+    """List the words with a token that the CLIP was never trained on.
+
+    A CLIP of `pretrain_clip.py` has zero rows for all tokens that no caption held. OpenAI's has
+    none, so nothing is listed there.
+    """
+    read = clip.token_embedding.weight.any(dim=1)
+    encode = load_tokenizer().encode
+    return [word for word in words if not bool(read[encode(clean_class_name(word))].all())]
 
 
 def _resolve_templates(templates: Templates) -> Sequence[str]:

@@ -72,3 +72,17 @@ def run_stages(stages: Iterable[nn.Module], x: Tensor) -> list[Tensor]:
         x = stage(x)
         maps.append(x)
     return maps
+
+
+from contextlib import contextmanager
+
+
+@contextmanager
+def evaluating(module):
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True

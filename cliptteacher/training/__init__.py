@@ -1,7 +1,30 @@
-"""What any training loop needs; the loop itself is ``examples/train.py``."""
+"""What a long training run needs beside the loop, which is ``examples/train.py``.
 
-from .checkpoint import load_checkpoint, save_checkpoint
-from .config import TrainConfig
-from .schedule import learning_rate_factor
+config, recipes, paper_recipes   options, and named sets of them
+optimizer                        parameter groups and the learning rate
+loading                          batches on the device
+run                              the run directory: resume, log, checkpoints, evaluation, signals
+plan, cost                       what a run is going to be: hours and memory
+"""
 
-__all__ = ["TrainConfig", "learning_rate_factor", "load_checkpoint", "save_checkpoint"]
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_FILES = {
+    *("config", "cost", "finite", "interruption", "loading", "optimizer", "paper_recipes", "plan"),
+    *("progress", "recipes", "records", "run"),
+}
+__all__ = sorted(_FILES)
+
+
+def __getattr__(name: str) -> Any:
+    """Import a file of this folder on first use (PEP 562)."""
+    if name in _FILES:
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_FILES})

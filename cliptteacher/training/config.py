@@ -36,21 +36,16 @@ class TrainConfig:
     output: str | None = None  # run directory; default runs/<recipe>-<date>
     resume: bool = False  # go on from the newest checkpoint in the run directory
     checkpoint_interval: int = 2_000  # iterations
-    keep_checkpoints: int = 2  # older ones are deleted
     eval_interval: int = 2_000  # iterations; 0 evaluates at the end only
-    eval_split: str = "val"  # evaluated on the way
-    test_split: str = "val"  # evaluated at the end
-    eval_mode: Literal["whole", "slide"] = "whole"
+    test_split: str = "val"  # evaluated at the end; on the way it is always val
     eval_resize: tuple[int, int] | None = None  # (long, short) sides to fit images into
     eval_size_divisor: int = 1  # mirror images to a multiple of this, the coarsest stride
     log_interval: int = 50  # iterations
     tensorboard: bool = False  # write TensorBoard events too; needs that package
     device: Literal["auto", "cpu", "cuda"] = "auto"
     workers: int = 0  # data loading processes per training process
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # autocast of teacher and student
-    tf32: bool = False  # 19-bit matrix products on CUDA; False leaves PyTorch's defaults
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"  # tf32: 19-bit products on CUDA
     compile: bool = False  # torch.compile of teacher and student
-    checkpoint_activations: bool = False  # the student's; less memory, a second forward pass
     sync_batch_norm: bool = False  # one BatchNorm over all processes; CUDA only
     accumulate: int = 1  # parts, one after another, of each process's share of the batch
     channels_last: bool = False  # memory layout of the student; faster convolutions
@@ -59,17 +54,11 @@ class TrainConfig:
     head_multiplier: float = 10.0  # learning rate of the head and the adapter over the backbone's
     weight_decay: float = 0.01
     warmup: int = 1_500  # iterations of linear warm-up
-    warmup_start: float = 1e-6  # its first factor
-    power: float = 1.0  # of the polynomial decay
     clip_gradient: float = 0.0  # largest gradient norm; 0 does not clip
-    ema_decay: float = 0.0  # of an average of the weights, evaluated in their place; 0: none
-    skip_nonfinite: int = 0  # steps with a loss or gradient not finite that may be skipped
     # augmentation
     resize: tuple[int, int] = (2048, 512)  # (long, short) sides that images are first fitted into
     ratio: tuple[float, float] = (0.5, 2.0)  # times this random factor
-    max_class_share: float = 0.75  # crops with more of one class are drawn again
-    flip: float = 0.5
-    photometric: bool = True
+    photometric: bool = True  # random brightness, contrast, saturation and hue
     # protocol
     gamma: float = 1.5  # bonus of the unseen classes at inference, in logit units
     closed_set: bool = False  # upper bound: train with the labels of all classes
@@ -80,16 +69,6 @@ class TrainConfig:
         for name in (*positive, "accumulate", "eval_size_divisor"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}")
-        if self.keep_checkpoints < 2:
-            raise ValueError(
-                f"`keep_checkpoints` must be at least 2, got {self.keep_checkpoints}; the newest "
-                "may turn out damaged"
-            )
-        if not 0 <= self.ema_decay < 1 or self.skip_nonfinite < 0:
-            raise ValueError(
-                f"`ema_decay` must lie in [0, 1) and `skip_nonfinite` be at least 0, got "
-                f"{self.ema_decay} and {self.skip_nonfinite}"
-            )
         if self.data != "miniworld" and self.root is None:
             raise ValueError(
                 f"`root` must name the folder of the data set for data={self.data}, got none"

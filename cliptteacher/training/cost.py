@@ -65,13 +65,10 @@ class StepCount(StepCost):
     crops: int
     peak_gib: float  # the most alive at one time: gradients, saved tensors and temporaries
 
-    def state_gib(self, averaged: float = 0.0) -> float:
-        """Weights, moments, teacher and a moving average, always there, in 2**30 bytes.
-
-        Args:
-            averaged: 1e6 parameters of which a moving average is kept.
-        """
-        return (12 * self.trainable + 4 * (self.frozen + averaged)) * 1e6 / 2**30
+    @property
+    def state_gib(self) -> float:
+        """Weights, moments and teacher, always there, in 2**30 bytes."""
+        return (12 * self.trainable + 4 * self.frozen) * 1e6 / 2**30
 
 
 # Crops of 512 pixels, CLIP ViT-B/16, 49 seen classes. Lines of
@@ -109,7 +106,6 @@ def count_step(
 
     A counted backward pass would be wrong: torch.utils.flop_counter takes the gradients of a
     depthwise convolution for those of a dense one. Nor does it know the CPU's fused attention.
-    What activation checkpointing computes again is no operation here, but its memory counts.
 
     Args:
         step: computes the total loss of ``model``, the pass of the teacher included.

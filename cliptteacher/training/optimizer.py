@@ -1,4 +1,7 @@
-"""AdamW with the parameter groups of the toolbox's default schedule."""
+"""The toolbox's default schedule: parameter groups, and the learning rate as a function of the step.
+
+The learning rate warms up linearly, then decays polynomially to zero (Section 4.2).
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import torch
 from torch import nn
 
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
+_WARMUP_START = 1e-6  # first factor of the warm-up
 _POSITION = re.compile(r"(^|[._])(pos_embed|position)")  # but no "decomposition"
 
 
@@ -56,9 +60,23 @@ def parameter_groups(
     ]
 
 
-def build_optimizer(groups: list[dict[str, Any]]) -> torch.optim.AdamW:
-    """AdamW with betas (0.9, 0.999); fused, so that one kernel updates a whole group."""
-    return torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
+def learning_rate_factor(step: int, iterations: int, warmup: int) -> float:
+    """Compute the factor on the base learning rate at one step, Section 4.2.
+
+    During the first ``warmup`` steps the factor grows linearly from 1e-6 to 1, after that it is
+    1 - (step - warmup) / (iterations - warmup).
+
+    Args:
+        step: iterations already done, 0 <= step < iterations.
+        iterations: length of the run.
+        warmup: steps of the warm-up; a run that is shorter never leaves it, so shorten it too.
+
+    >>> [round(learning_rate_factor(s, 10, warmup=2), 3) for s in (0, 1, 2, 6, 9)]
+    [0.0, 0.5, 1.0, 0.5, 0.125]
+    """
+    if step < warmup:
+        return _WARMUP_START + (1 - _WARMUP_START) * step / warmup
+    return 1 - (step - warmup) / (iterations - warmup)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:

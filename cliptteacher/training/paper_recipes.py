@@ -46,7 +46,8 @@ ROOTS = {
     "pascal_context": "data/context",
 }
 
-_EVERY_ROW: dict[str, Any] = {
+# What all rows share; the recipe ``paper`` is this and nothing else.
+PAPER: dict[str, Any] = {
     "clip": "ViT-B/16",
     "segmenter_weights": "imagenet",
     "batch_size": 16,
@@ -61,6 +62,7 @@ _DATA: dict[str, dict[str, Any]] = {
     "coco_stuff": {"data": "coco_stuff", "iterations": 80_000, "templates": "ensemble"},
     "context": {"data": "pascal_context", "iterations": 40_000, "templates": "ensemble"},
 }
+_NAMES = {fields["data"]: name for name, fields in _DATA.items()}  # as --data -> as in recipes
 _STUDENTS: dict[str, dict[str, Any]] = {
     "segnext_b": {},
     "swin_b": {"head_multiplier": 1.0, "auxiliary_weight": 0.4},
@@ -69,7 +71,7 @@ _STUDENTS: dict[str, dict[str, Any]] = {
 
 
 def _overrides(data: str, student: str, **changes: Any) -> dict[str, Any]:
-    row = {**_EVERY_ROW, **_DATA[data], "segmenter": student, **_STUDENTS.get(student, {})}
+    row = {**PAPER, **_DATA[data], "segmenter": student, **_STUDENTS.get(student, {})}
     row.update(changes)
     return {**row, "root": ROOTS[row["data"]], "eval_interval": row["iterations"] // 5}
 
@@ -128,3 +130,15 @@ PAPER_ROWS: dict[str, PaperRow] = {
         for name, (table, scores, changes) in _ABLATIONS.items()
     },
 }
+
+
+def row_of_table_1(data: str, segmenter: str | None) -> str | None:
+    """Name the row of Table 1 for a benchmark, as ``--data`` calls it, and a student.
+
+    Without a student, or with one that the paper does not have, that of SegFormer-B4, its best;
+    None if the data is no benchmark.
+    """
+    if data not in _NAMES:
+        return None
+    student = segmenter if segmenter in _STUDENTS else "segformer_b4"
+    return f"{_NAMES[data]}_{student}"

@@ -25,8 +25,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from .distributed import gather_from_processes
-from .run import MetricsLog
+from ..distributed import gather_from_processes
+from .records import MetricsLog
 
 Batch = TypeVar("Batch")
 RECENT_LINES = 10
@@ -56,6 +56,7 @@ class Progress:
         self._last = start  # iterations done when the last line was due
         self._waited = self._paused = 0.0  # seconds since then
         self._sums: dict[str, Tensor] = {}
+        self._adds = 0  # parts of steps in the sums
         self._recent: deque[float] = deque(maxlen=RECENT_LINES)  # seconds a step
 
     @property
@@ -77,7 +78,7 @@ class Progress:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Take what happens inside for no training time."""
+        """Leave what happens inside out of the training time."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # the steps that are still under way are training
         began = time.monotonic()
@@ -87,8 +88,9 @@ class Progress:
             self._paused += time.monotonic() - began
 
     def add(self, losses: Mapping[str, Tensor]) -> None:
-        """Add the losses of one step."""
-        self._sums = {name: self._sums.get(name, 0) + value for name, value in losses.items()}
+        """Add the losses of one step, or of a part of it."""
+        self._sums = {k: self._sums.get(k, 0) + value.detach() for k, value in losses.items()}
+        self._adds += 1
 
     def report(self, done: int, lr: float) -> str | None:
         """Log what happened since the last line, over all processes; all of them must call it.
@@ -104,7 +106,7 @@ class Progress:
             The line to print on the main process, None on the others.
         """
         steps = done - self._last
-        own = torch.stack(tuple(self._sums.values())).float() / steps
+        own = torch.stack(tuple(self._sums.values())).float() / self._adds
         host = own.new_tensor([self._waited, peak_memory() / 2**30])
         rows = torch.stack(gather_from_processes(torch.cat((own, host)), self.device))
         now = time.monotonic()  # the device has caught up
@@ -121,7 +123,8 @@ class Progress:
             "seconds_left": (self.iterations - done) * statistics.median(self._recent),
         }
         losses = tuple(self._sums)
-        self._sums, self._waited, self._paused, self._mark, self._last = {}, 0.0, 0.0, now, done
+        self._sums, self._adds, self._waited, self._paused = {}, 0, 0.0, 0.0
+        self._mark, self._last = now, done
         if self.log is None:
             return None
         self.log.write(row)

@@ -6,10 +6,11 @@ that run on a laptop, in ``paper_recipes.py`` the rows of the paper's tables.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from .config import unknown_key
-from .paper_recipes import PAPER_ROWS
+from .paper_recipes import PAPER, PAPER_ROWS, row_of_table_1
 
 # Potential classes compete within their image, by cosine, for the unannotated pixels only, and
 # prototypes carry no gradient. Cheap; over three seeds each (benchmarks/README.md): against no
@@ -19,7 +20,7 @@ from .paper_recipes import PAPER_ROWS
 _GENTLE_PSEUDO_LABELS: dict[str, Any] = {
     "potential_scope": "image",
     "potential_slots": 16,
-    "pseudo_logits": "cosine",
+    "pseudo_similarity": "cosine",
     "pseudo_scale": 10.0,
     "detach_prototypes": True,
     "seen_competition": False,
@@ -87,8 +88,8 @@ def folder_tuned() -> dict[str, Any]:
 
 
 def paper() -> dict[str, Any]:
-    """Every default as the paper has it, for other data than the paper's; give --data, --root."""
-    return {}
+    """The settings of the paper's rows, for other data than the paper's; give --data, --root."""
+    return dict(PAPER)
 
 
 _LAPTOP = (miniworld, miniworld_tuned, folder, folder_tuned)
@@ -100,9 +101,14 @@ def list_recipes() -> list[str]:
     return [*_RECIPES, *PAPER_ROWS]
 
 
-def default_recipe(data: str) -> str:
-    """Name the recipe for a kind of data: its own, or that of the paper."""
-    return data if data in _RECIPES else "paper"
+def default_recipe(asked: Mapping[str, Any]) -> str:
+    """Name the recipe for the data, and on a benchmark for the student, that is asked for.
+
+    Args:
+        asked: fields of the configuration that were given.
+    """
+    data = asked.get("data", "miniworld")
+    return row_of_table_1(data, asked.get("segmenter")) or data
 
 
 def get_recipe(name: str) -> dict[str, Any]:

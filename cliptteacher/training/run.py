@@ -1,235 +1,333 @@
-"""The run directory: what was asked for, on what machines, and what came of it.
+"""One training run: its directory, resuming, log, checkpoints, evaluation, and signals.
 
-config.json        every field of the configuration
-environment.json   versions, commit, command, device of every process; those of earlier starts
-metrics.jsonl      one object a line: losses and rates, or scores of an evaluation
-tensorboard/       the same figures as events, if asked for
+    run = TrainingRun(config, method, recipe, process, model, optimizer, scaler, student, evaluate)
+    start = run.resume()
+    for step, (images, labels) in run.steps(loader):
+        ...                                  forward pass: run.add(losses); backward pass, update
+        run.end_step(step, gradient_norm)    log line, checkpoint, evaluation, signal: when due
+    run.finish()
+
+The directory holds config.json, environment.json, metrics.jsonl, checkpoints/ and panels/. Every
+process of the run calls the same methods; the main process prints and writes.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import math
-import os
-import platform
-import shlex
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-import numpy
-import PIL
 import torch
-import torch.distributed as dist
-import torchvision
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
-from .distributed import Process
-
-# Settings from outside that change a run, its speed, or where it ran.
-_VARIABLES = (
-    *("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "CUBLAS_WORKSPACE_CONFIG"),
-    *("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"),
+from ..checkpoint import newest_checkpoint, read_checkpoint, save_checkpoint
+from ..distributed import (
+    Process,
+    from_main,
+    gather_from_processes,
+    launch_id,
+    share_buffers,
+    was_restarted,
 )
+from ..files import write_json
+from .config import TrainConfig, config_as_dict
+from .finite import FiniteCheck
+from .interruption import EXIT_CODE, StopSignal
+from .loading import move_batches, name_dead_worker, name_samples
+from .progress import Progress, format_time
+from .records import MetricsLog, default_output, describe_environment, record_start
+
+LAUNCH = "launch.json"  # which torchrun made the directory: a restarted attempt goes on there
+# Fields that a resumed run may change; they take effect. Any other would make it another run.
+_MAY_CHANGE = {
+    *("output", "resume", "root", "device", "workers", "precision", "compile", "channels_last"),
+    *("tensorboard", "log_interval", "checkpoint_interval", "eval_interval", "test_split"),
+    *("eval_resize", "eval_size_divisor", "gamma", "dry_run"),
+    *("iterations", "warmup", "learning_rate", "head_multiplier", "weight_decay"),
+    *("clip_gradient", "accumulate", "sync_batch_norm", "segmenter_weights"),
+}
+Evaluate = Callable[[str, Path], dict[str, Any]]  # split and panel file -> scores, table
 
 
-def default_output(recipe: str) -> Path:
-    """Name a fresh run directory: ``runs/<recipe>-<date>``."""
-    return Path("runs") / f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
-
-
-def write_json(content: Mapping[str, Any], path: str | Path) -> None:
-    """Write a JSON file whole or not at all."""
-    _write_whole(json.dumps(content, indent=2, ensure_ascii=False) + "\n", Path(path))
-
-
-def describe_environment(process: Process) -> dict[str, Any]:
-    """Collect command, commit, versions and the devices of all processes; all must call it."""
-    return {
-        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
-        "directory": os.getcwd(),
-        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        **_describe_commit(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "numpy": numpy.__version__,
-        "pillow": PIL.__version__,
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version() if torch.cuda.is_available() else None,  # type: ignore[no-untyped-call]
-        "platform": platform.platform(),
-        "variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
-        "processes": process.world_size,
-        "devices": _describe_devices(process),
-    }
-
-
-def record_start(
-    config: Mapping[str, Any], environment: Mapping[str, Any], folder: Path, start: int
-) -> None:
-    """Write config.json and environment.json; what an earlier start of this run wrote is kept.
+class TrainingRun:
+    """Everything around the training loop that is no part of the method.
 
     Args:
-        config: every field, flat.
-        environment: see ``describe_environment``.
-        folder: the run directory.
-        start: iterations already done.
-    """
-    before, known = _read_object(folder / "environment.json"), _read_object(folder / "config.json")
-    entry = {**environment, "start": start}
-    if before:
-        keys = [key for key in {**known, **config} if known.get(key) != _as_json(config.get(key))]
-        entry["config_changes"] = {key: [known.get(key), config.get(key)] for key in keys}
-        entry["earlier"] = [*before.pop("earlier", []), before]
-    write_json(config, folder / "config.json")
-    write_json(entry, folder / "environment.json")
-
-
-def _is_undefined(value: Any) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)
-
-
-class MetricsLog:
-    """``metrics.jsonl``: one JSON object a line, appended as it happens.
-
-    Args:
-        path: the file. Lines after ``step`` are dropped first, so that a resumed run does not
-            tell the same iterations twice.
-        step: iterations already done when the run starts.
-        tensorboard: write the figures as TensorBoard events too, to ``tensorboard/`` beside.
-
-    Raises:
-        RuntimeError: ``tensorboard`` is asked for and not installed.
+        config: of the run.
+        method: configuration of the model.
+        recipe: its name, for the directory.
+        process: this process.
+        model: a ``CLIPTeacher``; its state dict is part of the checkpoints.
+        optimizer: with groups of ``optimizer.parameter_groups``.
+        scaler: of the loss, for fp16.
+        student: gives what a checkpoint holds of the student, ``checkpoint.student_content``.
+        evaluate: called with a split and the file of a panel; returns the scores in percent, and
+            as "line" and "table" the texts to print on the way and at the end.
     """
 
-    def __init__(self, path: str | Path, step: int = 0, *, tensorboard: bool = False) -> None:
-        path = Path(path)
-        self._events = _open_events(path.with_name("tensorboard"), step) if tensorboard else None
-        lines = path.read_text().splitlines() if path.exists() and step else []
-        _write_whole("".join(line + "\n" for line in lines if _step_of(line) <= step), path)
-        self._file = path.open("a")
+    def __init__(
+        self,
+        config: TrainConfig,
+        method: Any,
+        recipe: str,
+        process: Process,
+        *,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+        student: Callable[[], dict[str, Any]],
+        evaluate: Evaluate,
+    ) -> None:
+        self.config, self.process, self.student, self._evaluate = config, process, student, evaluate
+        self.model, self.optimizer, self.scaler = model, optimizer, scaler
+        self.fields = config_as_dict(config, method)
+        self.recipe = recipe
+        self.output = _choose_output(recipe, config, process)
+        self._finite = FiniteCheck(process.device, scaled=scaler.is_enabled())
+        self._start = 0
+        self._log: MetricsLog | None = None
+        self._progress: Progress
+        self._signal: StopSignal
+        self._loader: DataLoader[Any]
 
-    def write(self, row: Mapping[str, Any]) -> None:
-        """Append one row and hand it to the operating system at once; NaN, no JSON, is null."""
-        plain = {name: None if _is_undefined(value) else value for name, value in row.items()}
-        self._file.write(json.dumps(plain, allow_nan=False) + "\n")
-        self._file.flush()
-        if self._events is not None:
-            for name, value in _scalars(row, str(row.get("split", "train"))):
-                self._events.add_scalar(name, value, row["step"])
-            self._events.flush()
+    def resume(self) -> int:
+        """Load the newest undamaged checkpoint, if there is one, and open the log.
 
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-        if self._events is not None:
-            self._events.close()
+        Returns:
+            Iterations already done.
 
+        Raises:
+            SystemExit: every checkpoint is damaged, or is of another run than ``config`` asks for.
+        """
+        config, process = self.config, self.process
+        torch.manual_seed(config.seed + 1000 * (process.rank + 1))  # dropout differs between ranks
+        path = from_main(_find_checkpoint(self.output) if process.is_main else None)
+        if isinstance(path, str):
+            self._exit(path)
+        if path is not None:
+            self._load(read_checkpoint(path))
+            self._print(f"resumed from step {self._start} in {self.output}")
+        environment = describe_environment(process)  # of all processes
+        if process.is_main:
+            record = {"recipe": self.recipe, **self.fields}
+            record_start(record, environment, self.output, self._start)
+            log = self.output / "metrics.jsonl"
+            self._log = MetricsLog(log, self._start, tensorboard=config.tensorboard)
+        if self._is_due(self._start) and not self._was_scored("val", self._start):
+            self._score("val", self._start)
+        return self._start
 
-def check_tensorboard() -> None:
-    """Say how to get TensorBoard where it is missing.
+    def steps(self, loader: DataLoader[Any]) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
+        """Yield the number of every iteration and its batch (images, labels) on the device."""
+        config, device = self.config, self.process.device
+        self._loader = loader
+        self._progress = Progress(
+            config.iterations, self._start, config.batch_size, device, self._log
+        )
+        layout = torch.channels_last if config.channels_last else torch.contiguous_format
+        batches = self._progress.time_batches(name_dead_worker(loader))
+        with StopSignal() as self._signal:
+            yield from enumerate(move_batches(batches, device, layout), self._start)  # type: ignore[misc]
 
-    Raises:
-        RuntimeError: the package is not installed.
-    """
-    if importlib.util.find_spec("tensorboard") is None:
-        raise RuntimeError(
-            "--tensorboard needs the package tensorboard, which is not installed; run "
-            "`pip install tensorboard`, or leave the flag out: metrics.jsonl holds the same figures"
+    def add(self, losses: dict[str, Tensor]) -> None:
+        """Take the losses of an iteration, or of a part of it, for the log; nothing waits."""
+        self._progress.add(losses)
+        self._finite.add(losses)
+
+    def end_step(self, step: int, gradient_norm: Tensor) -> None:
+        """Close an iteration: log, save, evaluate where that is due, and stop after a signal.
+
+        Raises:
+            SystemExit: a loss or gradient was not finite, or a signal came (after a checkpoint).
+        """
+        config, done = self.config, step + 1
+        self._finite.end_step(step, gradient_norm)
+        stopping, last = self._signal.agreed(), done == config.iterations
+        logging = last or done % config.log_interval == 0
+        saving = last or stopping or done % config.checkpoint_interval == 0
+        if logging or saving:
+            self._check_finite()
+        if logging:
+            line = self._progress.report(done, self.optimizer.param_groups[0]["lr"])
+            if line is not None:
+                print(line, flush=True)
+        with self._progress.paused() if saving or self._is_due(done) else nullcontext():
+            if saving:
+                self._save(done)
+            if stopping:
+                self._leave(done)
+            if self._is_due(done):
+                self._score("val", done)
+
+    def finish(self) -> dict[str, Any]:
+        """Evaluate at the end; returns the scores in percent."""
+        if self._start < self.config.iterations:
+            self._print(f"trained in {format_time(self._progress.seconds)}, see {self.output}")
+        return self._score(self.config.test_split, self.config.iterations, whole=True)
+
+    def _is_due(self, done: int) -> bool:
+        every = self.config.eval_interval
+        return every > 0 and done > 0 and done % every == 0 and done < self.config.iterations
+
+    def _score(self, split: str, step: int, whole: bool = False) -> dict[str, Any]:
+        """Evaluate the student on all classes, every process its share."""
+        share_buffers(self.model)
+        scores = self._evaluate(split, self.output / "panels" / f"{split}_{step:08d}.png")
+        self.model.train()
+        table, line = scores.pop("table"), scores.pop("line")
+        if self._log is not None:
+            self._log.write({"step": step, "split": split, **scores})
+        self._print(table if whole else f"{step:>6} {split}: {line}")
+        return scores
+
+    def _was_scored(self, split: str, step: int) -> bool:
+        """Whether the log holds these scores: a run may have been killed before it had them."""
+        found = False
+        if self.process.is_main:
+            rows = map(json.loads, (self.output / "metrics.jsonl").read_text().splitlines())
+            found = any((row["step"], row.get("split")) == (step, split) for row in rows)
+        return from_main(found)
+
+    def _save(self, step: int) -> None:
+        """Write a checkpoint; every process takes part. A full disk ends the run on all of them."""
+        device, cuda = self.process.device, self.process.device.type == "cuda"
+        state = self.model.state_dict()
+        training = {
+            "adapter": {k: value for k, value in state.items() if k.startswith("plm.")},
+            "bank": {k: value for k, value in state.items() if k.startswith("glm.")},
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "rng": gather_from_processes(torch.get_rng_state(), device),
+            "cuda_rng": gather_from_processes(torch.cuda.get_rng_state(device), device)
+            if cuda
+            else [],
+        }
+        content = {"step": step, **self.student(), "training": training, "config": self.fields}
+        problem = ""
+        if self.process.is_main:
+            try:
+                save_checkpoint(content, self.output / "checkpoints")
+            except OSError as error:
+                problem = f"error: {error.strerror or error}"
+        problem = from_main(problem)
+        if problem:
+            self._exit(problem)
+
+    def _load(self, content: dict[str, Any]) -> None:
+        """Take everything over that ``_save`` has written."""
+        self._check_same_run(content)
+        training = content["training"]
+        student = {f"segmenter.{name}": value for name, value in content["segmenter"].items()}
+        self.model.load_state_dict({**student, **training["adapter"], **training["bank"]})
+        options = [{k: v for k, v in g.items() if k != "params"} for g in self._groups()]
+        self.optimizer.load_state_dict(training["optimizer"])
+        for group, asked in zip(self._groups(), options, strict=True):
+            group.update(asked)  # the learning rate that the configuration asks for
+        if self.scaler.is_enabled() and training["scaler"]:
+            self.scaler.load_state_dict(training["scaler"])
+        self._restore_random_numbers(training)
+        self._start = int(content["step"])
+
+    def _groups(self) -> list[dict[str, Any]]:
+        return self.optimizer.param_groups
+
+    def _check_same_run(self, content: dict[str, Any]) -> None:
+        """Refuse a checkpoint that these options would continue as something else."""
+        now = self.student()
+        pairs = [(name, content.get(name), now[name]) for name in ("class_names", "unseen")]
+        stored = content.get("config", {})
+        pairs += [
+            (f"--{name.replace('_', '-')}", stored.get(name), value)
+            for name, value in self.fields.items()
+            if name not in _MAY_CHANGE
+        ]
+        for name, before, after in pairs:
+            if _as_list(before) != _as_list(after):
+                self._exit(
+                    f"error: {self.output} was begun with {name} = {before} and cannot go on with "
+                    f"{after}; keep it, or start another run with --output"
+                )
+
+    def _restore_random_numbers(self, training: dict[str, Any]) -> None:
+        """Let dropout go on where it stopped, on every process."""
+        process = self.process
+        if len(training["rng"]) != process.world_size:
+            self._print("warning: another number of processes than before: dropout starts anew")
+            return
+        torch.set_rng_state(training["rng"][process.rank])
+        if process.device.type == "cuda" and training["cuda_rng"]:
+            torch.cuda.set_rng_state(training["cuda_rng"][process.rank], process.device)
+
+    def _check_finite(self) -> None:
+        """End the run if a loss or gradient was not finite, and name terms and images."""
+        found = self._finite.check()
+        if found is None:
+            return
+        batch = self.config.batch_size
+        share, stream = batch // self.process.world_size, self._loader.dataset.stream  # type: ignore[attr-defined]
+        where = "; ".join(
+            f"{', '.join(terms)} on process {rank}, "
+            + name_samples(stream, found.step * batch + rank * share, share)
+            for rank, terms in found.terms.items()
+        )
+        self._exit(
+            f"error: iteration {found.step} was not finite: {where}. The last checkpoint in "
+            f"{self.output} is good; go on from it with --resume and a lower --learning-rate, or "
+            "set --clip-gradient"
         )
 
+    def _leave(self, step: int) -> NoReturn:
+        """End all processes after a signal and its checkpoint."""
+        self._print(
+            f"stopped by a signal after step {step}, exit code {EXIT_CODE}; the same command with "
+            f"--resume --output {self.output} goes on"
+        )
+        raise SystemExit(EXIT_CODE)
 
-def _open_events(folder: Path, step: int) -> Any:
-    check_tensorboard()
-    from torch.utils.tensorboard import SummaryWriter
+    def _exit(self, problem: str) -> NoReturn:
+        raise SystemExit(problem if self.process.is_main else 1)
 
-    return SummaryWriter(str(folder), purge_step=step + 1)
-
-
-def _scalars(row: Mapping[str, Any], prefix: str) -> list[tuple[str, float]]:
-    """List the figures of a row by name, those of nested objects after them: val/IoU/grass."""
-    found: list[tuple[str, float]] = []
-    for key, value in row.items():
-        if isinstance(value, Mapping):
-            found += _scalars(value, f"{prefix}/{key}")
-        elif isinstance(value, (int, float)) and key != "step":
-            found.append((f"{prefix}/{key}", value))
-    return found
+    def _print(self, line: str) -> None:
+        if self.process.is_main:
+            print(line, flush=True)
 
 
-def _step_of(line: str) -> int:
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return sys.maxsize  # a line that was cut short by a crash
-
-
-def _write_whole(text: str, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    temporary.replace(path)
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    """Read a JSON object; empty if there is none, or none that can be read."""
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _as_json(value: Any) -> Any:
+def _as_list(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _describe_devices(process: Process) -> list[dict[str, Any]]:
-    cuda = process.device.type == "cuda"
-    own = {
-        "rank": process.rank,
-        "host": socket.gethostname(),
-        "device": str(process.device),
-        "name": torch.cuda.get_device_name(process.device) if cuda else _processor(),
-        "threads": torch.get_num_threads(),
-    }
-    if not dist.is_initialized():
-        return [own]
-    everyone: list[Any] = [None] * process.world_size
-    dist.all_gather_object(everyone, own)
-    return everyone
+def _choose_output(recipe: str, config: TrainConfig, process: Process) -> Path:
+    """The run directory, the same on all processes; a used one is an error unless it resumes."""
+    output, problem = from_main(_make_output(recipe, config) if process.is_main else (Path(), ""))
+    if problem:
+        raise SystemExit(problem if process.is_main else 1)
+    return output
 
 
-def _processor() -> str:
+def _make_output(recipe: str, config: TrainConfig) -> tuple[Path, str]:
+    output = Path(config.output) if config.output else default_output(recipe)
+    if was_restarted() and not config.output:
+        output = _find_launched(output.parent, recipe) or output
+    if (output / "checkpoints").exists() and not (config.resume or was_restarted()):
+        return output, f"{output} already holds a run; add --resume or choose another --output"
+    output.mkdir(parents=True, exist_ok=True)
+    write_json({"launch": launch_id()}, output / LAUNCH)
+    return output, ""
+
+
+def _find_launched(folder: Path, recipe: str) -> Path | None:
+    """The newest run directory that an earlier attempt of this torchrun made."""
+    files = folder.glob(f"{recipe}-*/{LAUNCH}")
+    own = [f.parent for f in files if json.loads(f.read_text())["launch"] == launch_id()]
+    return max(own, default=None)  # names end in the date
+
+
+def _find_checkpoint(output: Path) -> Path | str | None:
+    """The main process alone compares digests; what is wrong, as a sentence for all."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:  # not Linux
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _describe_commit() -> dict[str, Any]:
-    """Name the commit of this package, and say whether its files differ from it.
-
-    A package that lies in some other repository, such as in a virtual environment inside one, has
-    no commit.
-    """
-    if _git("ls-files", "--error-unmatch", Path(__file__).name) is None:
-        return {"commit": None, "dirty": None}
-    changed = _git("status", "--porcelain", "--untracked-files=no", ":/")
-    return {"commit": _git("rev-parse", "HEAD"), "dirty": bool(changed)}
-
-
-def _git(*arguments: str) -> str | None:
-    """What git prints about the folder of this file; None where it fails or is missing."""
-    command = ["git", "-C", str(Path(__file__).parent), *arguments]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
+        return newest_checkpoint(output / "checkpoints")
+    except ValueError as error:
+        return f"error: {error}"

@@ -79,12 +79,6 @@ def stop_process() -> None:
         dist.destroy_process_group()
 
 
-def wait_for_all() -> None:
-    """Wait until every process is here."""
-    if dist.is_initialized():
-        dist.barrier()
-
-
 def mean_over_processes(values: Tensor) -> Tensor:
     """Average a tensor over all processes."""
     if not (dist.is_available() and dist.is_initialized()):

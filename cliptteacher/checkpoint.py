@@ -22,24 +22,29 @@ import os
 import re
 import shutil
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import torch
+from torch import Tensor, nn
 
-FORMAT = "cliptteacher-checkpoint-1"
+from .files import file_digest, write_whole
+from .logits import Similarity
+
+FORMAT = "cliptteacher-checkpoint-2"
+KEEP = 2  # newest checkpoints that stay: the newest may turn out damaged
 SUMS = "SHA256SUMS"
 _NAME = re.compile(r"step_(\d{8})\.pt")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def save_checkpoint(content: dict[str, Any], folder: str | Path, keep: int = 2) -> Path:
+def save_checkpoint(content: dict[str, Any], folder: str | Path) -> Path:
     """Write ``step_XXXXXXXX.pt``, point ``last.pt`` to it and delete old ones.
 
     Args:
         content: tensors and plain values; must hold ``step``.
         folder: directory of the checkpoints; made if missing. One process at a time writes there.
-        keep: newest checkpoints that stay.
 
     Returns:
         The path of the new file.
@@ -58,9 +63,68 @@ def save_checkpoint(content: dict[str, Any], folder: str | Path, keep: int = 2) 
         raise _explain(error, path) from error
     _point_last_to(path)
     _flush_folder(folder)
-    for old in list_checkpoints(folder)[:-keep]:
+    for old in list_checkpoints(folder)[:-KEEP]:
         old.unlink()
     return path
+
+
+def student_content(
+    segmenter: nn.Module,
+    *,
+    names: Sequence[str],
+    text_features: Tensor,
+    unseen: Sequence[int] = (),
+    gamma: float = 1.5,
+    logit_scale: float = 1.0,
+    similarity: Similarity = "dot",
+    resize: tuple[int, int] | None = None,
+    size_divisor: int = 1,
+    templates: str = "single",
+    clip: str | None = None,
+) -> dict[str, Any]:
+    """Collect what a checkpoint holds of a student: weights, words and settings of inference.
+
+    Args:
+        segmenter: the student.
+        names: names of all A classes, in label order.
+        text_features: (A, C) of these names.
+        unseen: label values of the classes without labels in training.
+        gamma, logit_scale, similarity, resize, size_divisor: see ``inference.Predictor``.
+        templates: prompts of the text features, for other words.
+        clip: name or path of the teacher, for other words.
+
+    Raises:
+        ValueError: names and text features are not equally many.
+    """
+    if len(names) != len(text_features):
+        raise ValueError(
+            f"`text_features` must have one row per name, got {len(text_features)} rows for "
+            f"{len(names)} names"
+        )
+    built = getattr(segmenter, "build_arguments", {})
+    return {
+        "segmenter": dict(segmenter.state_dict()),
+        "segmenter_name": built.get("name"),
+        "segmenter_options": built.get("options", {}),
+        "channels": text_features.shape[1],
+        "class_names": list(names),
+        "unseen": list(unseen),
+        "text_features": text_features.detach().cpu(),
+        "gamma": float(gamma),
+        "logit_scale": float(logit_scale),
+        "similarity": similarity,
+        "resize": list(resize or ()),
+        "size_divisor": size_divisor,
+        "templates": templates,
+        "clip": clip,
+    }
+
+
+def save_student(content: dict[str, Any], path: str | Path) -> None:
+    """Write one checkpoint file under a name of your own, whole or not at all."""
+    path = Path(path)
+    with write_whole(path) as file:
+        torch.save({"format": FORMAT, **content}, file)
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -94,9 +158,39 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             f"{path} must be a checkpoint of cliptteacher, but it holds more than tensors and "
             f"plain values or is damaged ({type(error).__name__}); take one that train.py wrote"
         ) from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ValueError(f"{path} must be a checkpoint of cliptteacher; it has another format")
-    return content
+    found = content.get("format") if isinstance(content, dict) else None
+    if found != FORMAT:
+        raise ValueError(f"{path} must be a checkpoint of the format {FORMAT}, got {found!r}")
+    _check_entries(content, path)
+    return cast(dict[str, Any], content)
+
+
+# What every checkpoint holds, whoever wrote it.
+_ENTRIES: dict[str, type | tuple[type, ...]] = {
+    "step": int,
+    "segmenter": dict,
+    "segmenter_name": (str, type(None)),
+    "segmenter_options": dict,
+    "channels": int,
+    "class_names": list,
+    "unseen": list,
+    "text_features": Tensor,
+    "gamma": float,
+    "logit_scale": float,
+    "similarity": str,
+    "resize": list,
+    "size_divisor": int,
+}
+
+
+def _check_entries(content: dict[str, Any], path: Path) -> None:
+    """Check the entries that every reader relies on, once and here."""
+    wrong = [name for name, kind in _ENTRIES.items() if not isinstance(content.get(name), kind)]
+    if wrong:
+        raise ValueError(
+            f"the entry {wrong[0]!r} of {path} is missing or of the wrong type; take a checkpoint "
+            "that train.py or save_segmenter wrote"
+        )
 
 
 def newest_checkpoint(folder: str | Path) -> Path | None:
@@ -135,15 +229,6 @@ def is_intact(path: str | Path) -> bool:
     path = Path(path)
     known = {d for d, name in _read_sums(path.parent) if path.name in (name, "last.pt")}
     return not known or file_digest(path) in known
-
-
-def file_digest(path: str | Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _other_digest(path: Path) -> str:
