@@ -331,7 +331,7 @@ CONVERT = [
     ("ResNet not named", 'name.startswith("visual.layer1.")', 'name.startswith("visual.layer9.")'),
     ("first and last norm swapped", r'pre_layrnorm\.", "visual.ln_pre."', r'pre_layrnorm\.", "visual.ln_post."'),
     ("MLP halves swapped", r'(r"\.mlp\.fc1\.", ".mlp.c_fc.")', r'(r"\.mlp\.fc1\.", ".mlp.c_proj.")'),
-    ("parallel names refused", 'name.removeprefix("module.")', "name"),
+    ("parallel names refused", "weights = without_prefixes(state_dict)", "weights = dict(state_dict)"),
 ]
 
 ARCHIVE = [
@@ -360,10 +360,11 @@ SAFETENSORS = [
     ("notes taken for a tensor", 'header.pop("__metadata__", None)', "pass"),
     ("half precision read as bfloat16", '"F16": torch.float16', '"F16": torch.bfloat16'),
     ("unsigned bytes read as signed", '"U8": torch.uint8', '"U8": torch.int8'),
-    ("end beyond the file", "end > num_bytes or ", ""),
-    ("size not compared with the shape", " or end - begin != math.prod(shape) * dtype.itemsize", ""),
-    ("negative sizes", "isinstance(n, int) and n >= 0 for", "isinstance(n, int) for"),
-    ("fractional sizes", "isinstance(n, int) and n >= 0 for", "n >= 0 for"),
+    ("end beyond the file", "if end > num_bytes:", "if False:"),
+    ("size not compared with the shape", "if end - begin != math.prod(shape) * dtype.itemsize:", "if False:"),
+    ("one block for many tensors", "if total > num_bytes:", "if False:"),
+    ("negative sizes", "isinstance(n, int) and 0 <= n < 1 << 63 for", "isinstance(n, int) for"),
+    ("fractional sizes", "isinstance(n, int) and 0 <= n < 1 << 63 for", "0 <= n < 1 << 63 for"),
     ("unknown type guessed", "if entry[\"dtype\"] not in _DTYPES:", "if False:"),
     ("shape in reverse", ".reshape(shape)", ".reshape(shape[::-1])"),
 ]
@@ -496,7 +497,7 @@ GROUPS = [
     ("clip/model.py", ("clip_model",), CLIP_MODEL),
     ("clip/convert.py", ("clip_weights", "clip_model"), CONVERT),
     ("clip/archive.py", ("clip_archive",), ARCHIVE),
-    ("clip/safetensors.py", ("clip_safetensors",), SAFETENSORS),
+    ("tensors.py", ("tensors",), SAFETENSORS),
     ("clip/weights.py", ("clip_weights",), WEIGHTS),
     ("clip/tokenizer.py", ("tokenizer",), TOKENIZER),
     ("clip/prompts.py", ("prompts",), PROMPTS),

@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from ..tensors import without_prefixes
+
 # Sizes and masks that some files carry along; all of them follow from the weights.
 _NOT_WEIGHTS = re.compile(
     r"(^|\.)(input_resolution|context_length|vocab_size|attn_mask|position_ids)$"
@@ -48,8 +50,8 @@ def to_openai_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename the weights of a CLIP to OpenAI's names.
 
     Args:
-        state_dict: weights as OpenAI, open_clip or Hugging Face's `CLIPModel` name them; all names
-            may begin with ``module.``, as those of a model trained in parallel do.
+        state_dict: weights as OpenAI, open_clip or Hugging Face's `CLIPModel` name them; the names
+            may begin with ``module.`` and ``_orig_mod.``, as those of a wrapped model do.
 
     Returns:
         The same numbers under OpenAI's names, without sizes, masks and position ids.
@@ -58,8 +60,8 @@ def to_openai_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         ValueError: if these are not the weights of one CLIP with a vision transformer, in one of
             the two namings.
     """
-    weights = {name: t for name, t in state_dict.items() if not _NOT_WEIGHTS.search(name)}
-    weights = _rename(weights, lambda name: name.removeprefix("module."))
+    weights = without_prefixes(state_dict)
+    weights = {name: tensor for name, tensor in weights.items() if not _NOT_WEIGHTS.search(name)}
     if any(name.startswith("visual.layer1.") for name in weights):
         raise ValueError(
             "the image encoder must be a vision transformer, got a CLIP with a ResNet; "

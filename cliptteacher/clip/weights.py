@@ -7,7 +7,7 @@ and shapes with the model; build the model in float32, frozen.
 | content                          | read by                              |
 |----------------------------------|--------------------------------------|
 | TorchScript archive (OpenAI)     | `archive.py`                         |
-| safetensors                      | `safetensors.py`                     |
+| safetensors, shards              | `tensors.py`                         |
 | ``torch.save``                   | ``torch.load(weights_only=True)``    |
 | `save_clip`, a case of the above | the same, then the rows are put back |
 
@@ -16,7 +16,6 @@ Cost: one pass over the file and one copy of the weights in memory.
 
 import json
 import os
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,11 +23,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..files import write_whole
+from ..tensors import (
+    check_sizes,
+    is_safetensors,
+    list_zip,
+    read_torch,
+    read_weights,
+    take_tensors,
+)
 from .archive import is_torchscript, read_torchscript
 from .convert import to_openai_names
 from .download import OPENAI_WEIGHTS, download_weights
 from .model import CLIP, IMAGE_MEAN, IMAGE_STD, Activation, CLIPConfig
-from .safetensors import is_safetensors, read_safetensors
 
 _FORMAT = "cliptteacher-clip-1"
 _BUNDLED = Path(__file__).with_name("miniworld.pt")
@@ -112,13 +119,8 @@ def save_clip(
         "state_dict": _drop_zero_rows(tensors),
         "extra": notes,
     }
-    target = Path(path)
-    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
-    try:
-        torch.save(content, partial)
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
+    with write_whole(path) as file:
+        torch.save(content, file)
 
 
 def _find(source: str | os.PathLike[str], cache_dir: str | os.PathLike[str] | None) -> Path:
@@ -145,54 +147,23 @@ def _find(source: str | os.PathLike[str], cache_dir: str | os.PathLike[str] | No
 
 
 def _read(path: Path) -> _Weights:
-    """Read a file of any known format, told from its content."""
-    with path.open("rb") as file:
-        head = file.read(9)
-    if head.startswith(b"PK\x03\x04"):
-        if is_torchscript(_names_in_zip(path)):
-            return _Weights(read_torchscript(path), None)
-        return _unwrap(path, _load_tensors(path))
-    if head.startswith(b"\x80"):  # a pickle: how PyTorch saved before 1.6
-        return _unwrap(path, _load_tensors(path))
-    if is_safetensors(head):
-        return _Weights(read_safetensors(path), None)
-    raise ValueError(
-        f"{path} must hold weights (TorchScript, torch.save or safetensors), but it begins with "
-        f"{head!r}; if that is text, the download gave a page or a pointer instead of the file"
-    )
-
-
-def _names_in_zip(path: Path) -> list[str]:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.namelist()
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"{path} is truncated or damaged ({error}); get it again") from error
-
-
-def _load_tensors(path: Path) -> object:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged or hostile file can raise anything
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(
-            f"{path} must be an undamaged file of plain tensors, but reading it stopped with: "
-            f"{reason}; get it again, or save only the state dict"
-        ) from error
-
-
-def _unwrap(path: Path, content: object) -> _Weights:
-    """Take the state dict out of whatever it was saved in."""
+    """Read a file of any known format, recognised by its content."""
+    if _is_zip(path) and is_torchscript(list_zip(path)):
+        tensors = read_torchscript(path)
+        check_sizes(tensors, path)
+        return _Weights(tensors, None)
+    if path.name.endswith(".json") or is_safetensors(path):
+        return _Weights(read_weights(path), None)
+    content = read_torch(path)
     activation: Activation | None = None
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        if content.get("format") == _FORMAT:
-            activation = "gelu" if content.get("activation") == "gelu" else "quick_gelu"
-        content = content["state_dict"]
-    if not isinstance(content, dict) or not all(
-        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items()
-    ):
-        raise ValueError(f"{path} must hold a state dict of tensors; save `model.state_dict()`")
-    return _Weights(content, activation)
+    if isinstance(content, dict) and content.get("format") == _FORMAT:
+        activation = "gelu" if content.get("activation") == "gelu" else "quick_gelu"
+    return _Weights(take_tensors(content, path, ("state_dict", "model")), activation)
+
+
+def _is_zip(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
 
 
 def _build(tensors: Mapping[str, Tensor], activation: Activation) -> CLIP:
