@@ -19,7 +19,7 @@ import json
 import math
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -168,6 +168,8 @@ def read_torch(path: StrPath) -> object:
     if is_zip:
         list_zip(path)
     try:
+        if is_zip:
+            _compare_checksums(path)
         # Memory-mapped, the storages have a fixed size: a tensor that claims more is an error.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:  # a damaged or hostile file can raise anything
@@ -198,6 +200,16 @@ def list_zip(path: Path) -> list[str]:
             f"{stored + packed}; get it again from where it is published"
         )
     return [member.filename for member in members]
+
+
+def _compare_checksums(path: Path) -> None:
+    """Read every part of a zip, which compares its CRC-32; ``torch.load`` does not."""
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            if member.CRC:  # zero: `torch.serialization.set_crc32_options` can leave them out
+                with archive.open(member) as part:
+                    while part.read(1 << 20):
+                        pass
 
 
 def take_tensors(content: object, path: Path, wrappers: tuple[str, ...] = ()) -> State:
@@ -281,9 +293,18 @@ def without_prefixes(tensors: Mapping[str, Tensor]) -> State:
     Raises:
         ValueError: two names become one.
     """
+    return rename(tensors, lambda name: _WRAPPED.sub("", name))
+
+
+def rename(tensors: Mapping[str, Tensor], new_name: Callable[[str], str]) -> State:
+    """Give all tensors new names, none over another.
+
+    Raises:
+        ValueError: two names become one.
+    """
     source: dict[str, str] = {}
     for name in tensors:
-        new = _WRAPPED.sub("", name)
+        new = new_name(name)
         if new in source:
             raise ValueError(
                 f"each weight must have one name, got {source[new]!r} and {name!r} for {new!r}; "

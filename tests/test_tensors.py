@@ -189,6 +189,24 @@ def test_a_zip_that_unpacks_to_more_than_it_is(tmp_path: Path) -> None:
         read_weights(tmp_path / "a.pt")
 
 
+def test_one_flipped_bit_among_the_numbers(tmp_path: Path) -> None:
+    """`torch.load` would read another number; a file without checksums is taken as it is."""
+    path = tmp_path / "a.pt"
+    for computed in (True, False):
+        torch.serialization.set_crc32_options(computed)
+        try:
+            torch.save({"w": torch.arange(1000.0)}, path)
+        finally:
+            torch.serialization.set_crc32_options(True)
+        whole = bytearray(path.read_bytes())
+        whole[whole.index(torch.arange(500.0, 510.0).numpy().tobytes())] ^= 1
+        path.write_bytes(whole)
+        if computed:
+            with pytest.raises(ValueError, match=r"a\.pt must be an undamaged .*Bad CRC-32"):
+                read_weights(path)
+    assert read_weights(path)["w"].shape == (1000,)
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
