@@ -3,9 +3,9 @@
 A checkpoint is a dictionary of tensors and plain values, so ``torch.load(weights_only=True)``
 reads it. What may happen at any moment, and what is left then:
 
-    write to a temporary file, fsync     killed, disk full: the temporary file is rubbish
+    write to a temporary file            killed, disk full: the temporary file is rubbish
     add its digest to SHA256SUMS         killed: a digest of a file that is not there yet
-    rename, fsync the folder             killed: before or after, nothing between
+    fsync, rename, fsync the folder      killed: before or after, nothing between
     point last.pt (a hard link) to it    killed: last.pt is older than the newest numbered file
     delete the oldest                    killed: one file too many until the next time
 
@@ -29,7 +29,7 @@ from typing import Any, BinaryIO, cast
 import torch
 from torch import Tensor, nn
 
-from .files import file_digest, write_whole
+from .files import file_digest, flush_folder, write_text, write_whole
 from .logits import Similarity
 
 FORMAT = "cliptteacher-checkpoint-2"
@@ -62,7 +62,7 @@ def save_checkpoint(content: dict[str, Any], folder: str | Path) -> Path:
     except (OSError, RuntimeError) as error:  # torch's writer turns one into the other
         raise _explain(error, path) from error
     _point_last_to(path)
-    _flush_folder(folder)
+    flush_folder(folder)
     for old in list_checkpoints(folder)[:-KEEP]:
         old.unlink()
     return path
@@ -251,18 +251,10 @@ class _Hashed:
 
 def _write_whole(content: dict[str, Any], path: Path) -> None:
     """Write a checkpoint under another name, record its digest and rename it."""
-    temporary = path.with_suffix(f".tmp{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            hashed = _Hashed(file)
-            torch.save(content, cast(BinaryIO, hashed))
-            file.flush()
-            os.fsync(file.fileno())
+    with write_whole(path) as file:
+        hashed = _Hashed(file)
+        torch.save(content, cast(BinaryIO, hashed))
         _record(path.parent, path.name, hashed.digest.hexdigest())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _flush_folder(path.parent)
 
 
 def _record(folder: Path, name: str, digest: str) -> None:
@@ -272,13 +264,8 @@ def _record(folder: Path, name: str, digest: str) -> None:
     """
     present = {path.name for path in folder.iterdir()}
     kept = [(old, other) for old, other in _read_sums(folder) if other in present]
-    temporary = folder / f"{SUMS}.tmp{os.getpid()}"
-    with temporary.open("w") as file:
-        for line in dict.fromkeys([*kept, (digest, name)]):
-            file.write("  ".join(line) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(folder / SUMS)
+    lines = ("  ".join(pair) + "\n" for pair in dict.fromkeys([*kept, (digest, name)]))
+    write_text("".join(lines), folder / SUMS)
 
 
 def _read_sums(folder: Path) -> list[tuple[str, str]]:
@@ -287,17 +274,6 @@ def _read_sums(folder: Path) -> list[tuple[str, str]]:
     text = file.read_text(errors="replace") if file.is_file() else ""
     pairs = (line.split(maxsplit=1) for line in text.splitlines())
     return [(pair[0], pair[1].lstrip("*")) for pair in pairs if len(pair) == 2]
-
-
-def _flush_folder(folder: Path) -> None:
-    """Bring a rename to the disk; some systems cannot open folders."""
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _explain(error: Exception, path: Path) -> Exception:

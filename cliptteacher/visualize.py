@@ -11,8 +11,6 @@ package makes them (images (3, H, W), label maps (H, W)) and returns a `PIL.Imag
 Small images are enlarged, so that a 128-pixel crop is readable. Cost: milliseconds per image.
 """
 
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +19,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from .files import write_whole
 
 Colour = tuple[int, int, int]
 Pixels = NDArray[np.uint8]
@@ -214,17 +214,8 @@ def cluster_map(image: Tensor, groups: Tensor, alpha: float = 0.6) -> Image.Imag
 
 def write_png(image: Image.Image, path: str | Path) -> None:
     """Write a picture as PNG; an interrupted program leaves the old file or none, never half."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            image.save(file, format="PNG")
-        os.chmod(temporary, 0o644)  # mkstemp makes files that only the owner may read
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with write_whole(path) as file:
+        image.save(file, format="PNG")
 
 
 def _panel_row(

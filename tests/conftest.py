@@ -1,6 +1,7 @@
 """What several test files need of their surroundings."""
 
 import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -15,4 +16,4 @@ def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise urllib.error.URLError("no route to host")
 
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)

@@ -1,8 +1,11 @@
 """TorchScript archives and pickles are read as data, and never run."""
 
+import os
 import pickle
+import resource
 import struct
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -100,7 +103,7 @@ def test_handmade_archive(tmp_path: Path) -> None:
         (tensor_pickle(0, (2,), (1,))[:-9], "stopped with"),
         (b"\x80\x02K\x01.", "its root is a int instead of a module"),
         (b"\x80\x02c__torch__.net\nNet\n)\x81K\x01b.", "has a state of type int"),
-        (b"", "Ran out of input"),
+        (b"", "stopped with: pickle exhausted"),
         (b"hello", "stopped with"),
     ],
 )
@@ -196,3 +199,80 @@ def test_no_torchscript_program_is_loaded(
 
     monkeypatch.setattr(torch.jit, "load", refuse)
     assert_same(load_clip(path), clip)
+
+
+# --- more than the file can hold ----------------------------------------------------------------
+
+
+def limited(action: Callable[[], object], megabytes: int = 200) -> str:
+    """Run in a process that may not grow by more than this; returns the ValueError it raised."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            bound = pages * resource.getpagesize() + megabytes * 2**20
+            resource.setrlimit(resource.RLIMIT_AS, (bound, bound))
+            action()
+        except ValueError as error:
+            os.write(writing, str(error).encode()[:2000])
+        finally:
+            os._exit(0)
+    os.close(writing)
+    os.waitpid(child, 0)
+    with os.fdopen(reading) as answer:
+        return answer.read()
+
+
+def test_a_bomb_is_not_unpacked(tmp_path: Path) -> None:
+    """1 MB that unpacks to 1 GB."""
+    with zipfile.ZipFile(tmp_path / "a.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/data.pkl", tensor_pickle(0, (6,), (1,), storage_id(1 << 28)))
+        archive.writestr("a/constants.pkl", b"\x80\x02).")
+        with archive.open("a/data/0", "w", force_zip64=True) as file:
+            for _ in range(1024):
+                file.write(bytes(1 << 20))
+    assert (tmp_path / "a.pt").stat().st_size < 1_100_000
+    assert "must unpack to about its own" in limited(lambda: load_clip(tmp_path / "a.pt"))
+    content = (tmp_path / "a.pt").read_bytes()  # and the same as a file of `torch.save`
+    (tmp_path / "b.pt").write_bytes(content.replace(b"a/constants.pkl", b"a/otherwise.pkl"))
+    assert "must unpack to about its own" in limited(lambda: load_clip(tmp_path / "b.pt"))
+
+
+def test_a_pickle_that_numbers_without_end(tmp_path: Path) -> None:
+    pickled = b"\x80\x02Nr\xff\xff\xff\x7f0" + tensor_pickle(0, (6,), (1,))[2:]
+    path = write_archive(tmp_path / "a.pt", pickled, SIX)
+    assert "refers to an object 2147483647" in limited(lambda: load_clip(path))
+
+
+def test_modules_that_hold_each_other(tmp_path: Path) -> None:
+    """Forty modules, each with two names for the next: a tree of 2 ** 40 leaves."""
+    module = b"c__torch__\nNet\n)\x81"
+    pickled = b"\x80\x02" + module + b"q\x00}b"
+    for level in range(40):
+        below, own = bytes([level]), bytes([level + 1])
+        pickled += module + b"q" + own + b"}" + text("a") + b"h" + below + b"s"
+        pickled += text("b") + b"h" + below + b"sb"
+    path = write_archive(tmp_path / "a.pt", pickled + b".", SIX)
+    with pytest.raises(ValueError, match="more than 100000 modules"):
+        load_clip(path)
+    cycle = b"\x80\x02" + module + b"q\x00}" + text("a") + b"h\x00sb."
+    with pytest.raises(ValueError, match=r"a\.pt must be an undamaged TorchScript archive"):
+        load_clip(write_archive(tmp_path / "a.pt", cycle, SIX))
+
+
+def test_one_storage_under_many_names(tmp_path: Path) -> None:
+    storage = torch.randn(4000)
+    write_torchscript({f"w{n}": storage.view(40, 100) for n in range(60)}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=r"must hold the numbers of its tensors, but 'w\d+' of"):
+        read_torchscript(tmp_path / "a.pt")
+
+
+def test_flipped_bytes_in_the_directory_of_an_archive(clip: CLIP, tmp_path: Path) -> None:
+    path = write_archive(tmp_path / "a.pt", tensor_pickle(0, (6,), (1,)), SIX)
+    whole = path.read_bytes()
+    for position in range(whole.index(b"PK\x01\x02"), len(whole)):
+        flipped = bytes([whole[position] ^ 0x88])
+        path.write_bytes(whole[:position] + flipped + whole[position + 1 :])
+        with pytest.raises(ValueError, match=r"a\.pt "):
+            load_clip(path)  # at the latest because this is no CLIP

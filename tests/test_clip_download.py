@@ -17,10 +17,8 @@ CONTENT = bytes(range(256)) * 5000
 
 
 class Server(ThreadingHTTPServer):
-    """Serves CONTENT, and can misbehave."""
+    """Serves CONTENT; like some mirrors, without the size in its answer to a range."""
 
-    ranges = True
-    stop_after: int | None = None
     content = CONTENT
     requests: list[str | None]
 
@@ -32,7 +30,7 @@ class Handler(BaseHTTPRequestHandler):
         asked = self.headers["Range"]
         self.server.requests.append(asked)
         content, start = self.server.content, 0
-        if asked and self.server.ranges:
+        if asked:
             start = int(asked.removeprefix("bytes=").removesuffix("-"))
             if start >= len(content):
                 self.send_error(416)
@@ -42,7 +40,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_response(200)
         self.send_header("Content-Length", str(len(content) - start))
         self.end_headers()
-        self.wfile.write(content[start : self.server.stop_after])
+        self.wfile.write(content[start:])
 
     def log_message(self, format: str, *args: object) -> None:
         """Keep quiet."""
@@ -72,7 +70,7 @@ def test_download_once(server: Server, tmp_path: Path, caplog: pytest.LogCapture
     assert download_weights(published(server), tmp_path / "new" / "cache") == path
     assert server.requests == [None]
     assert "downloaded 100%" in caplog.text
-    assert not list(path.parent.glob("*.partial"))
+    assert not list(path.parent.glob("*.part"))
 
 
 def test_cache_folder_from_the_environment(
@@ -85,41 +83,15 @@ def test_cache_folder_from_the_environment(
     assert download_weights(published(server)) == tmp_path / ".cache" / "clip" / "clip.pt"
 
 
-def test_download_resumes(server: Server, tmp_path: Path) -> None:
-    server.stop_after = 700_000
-    with pytest.raises(
-        FileNotFoundError, match=r"closed after 700000 of 1280000 bytes.*call again"
-    ):
-        download_weights(published(server), tmp_path)
-    assert not (tmp_path / "clip.pt").exists()
-    server.stop_after = None
-    assert download_weights(published(server), tmp_path).read_bytes() == CONTENT
-    assert server.requests == [None, "bytes=700000-"]
-
-
-def test_download_from_a_server_without_ranges(server: Server, tmp_path: Path) -> None:
-    server.ranges = False
-    (tmp_path / "clip.pt.partial").write_bytes(CONTENT[:1000])
-    assert download_weights(published(server), tmp_path).read_bytes() == CONTENT
-
-
 def test_a_complete_partial_file_is_used(server: Server, tmp_path: Path) -> None:
-    (tmp_path / "clip.pt.partial").write_bytes(CONTENT)
+    (tmp_path / "clip.pt.part").write_bytes(CONTENT)
     assert download_weights(published(server), tmp_path).read_bytes() == CONTENT
 
 
 def test_wrong_hash_is_refused(server: Server, tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="must have the SHA-256 .*discarded"):
+    with pytest.raises(ValueError, match="the SHA256 of .* must start with .*discarded"):
         download_weights(published(server, b"other"), tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == ["clip.pt.lock"]
-
-
-def test_a_damaged_copy_is_replaced(
-    server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    (tmp_path / "clip.pt").write_bytes(b"damaged")
-    assert download_weights(published(server), tmp_path).read_bytes() == CONTENT
-    assert "wrong SHA-256" in caplog.text
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_offline_message_names_address_and_place(tmp_path: Path) -> None:
@@ -127,7 +99,7 @@ def test_offline_message_names_address_and_place(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError) as caught:
         download_weights(PublishedWeights(address, "0" * 64), tmp_path)
     assert address in str(caught.value)
-    assert f"save it as {tmp_path / 'clip.pt'}" in str(caught.value)
+    assert f"{tmp_path / 'clip.pt'} is missing" in str(caught.value)
 
 
 def test_processes_wait_for_each_other(server: Server, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import torch
@@ -18,10 +19,11 @@ from clip_files import (
     write_torchscript,
 )
 
+from cliptteacher.checkpoint import load_checkpoint, save_checkpoint
 from cliptteacher.clip import CLIP, CLIPConfig, class_text_features, load_clip, save_clip
 from cliptteacher.clip import weights as module
 from cliptteacher.clip.convert import to_openai_names
-from cliptteacher.training.checkpoint import load_checkpoint, save_checkpoint
+from cliptteacher.clip.settings import Settings
 
 
 @pytest.fixture(scope="module")
@@ -118,8 +120,8 @@ def test_a_failed_save_leaves_the_old_file(
     save_own(clip, tmp_path)
     before = (tmp_path / "own.pt").read_bytes()
 
-    def stop(content: object, path: Path) -> None:
-        path.write_bytes(b"half a file")
+    def stop(content: object, file: BinaryIO) -> None:
+        file.write(b"half a file")
         raise OSError("disk full")
 
     monkeypatch.setattr(torch, "save", stop)
@@ -151,6 +153,9 @@ def test_rows_outside_the_table_are_refused(clip: CLIP, tmp_path: Path) -> None:
         ("shape", torch.tensor([299, 64]), 300, "299 x 64"),
         ("shape", torch.tensor([-1, 64]), 300, "-1 x 64"),
         ("shape", torch.tensor(300), 300, "-1 x -1"),
+        ("shape", torch.tensor([1 << 40, 64]), 300, "1099511627776 x 64"),
+        ("shape", torch.tensor([300.0, 64.0]), 300, "300.0 x 64.0"),
+        ("ids", torch.arange(300.0), 300, "300 x 64"),
     ):
         content = torch.load(save_own(clip, tmp_path), weights_only=True)
         content["state_dict"][f"token_embedding.{part}"] = value
@@ -191,7 +196,7 @@ def test_files_that_hold_no_weights(tmp_path: Path, content: bytes) -> None:
 )
 def test_files_without_a_state_dict(tmp_path: Path, content: object) -> None:
     torch.save(content, tmp_path / "a.pt")
-    with pytest.raises(ValueError, match="must hold a state dict of tensors"):
+    with pytest.raises(ValueError, match="must hold a state dict, tensors by name"):
         load_clip(tmp_path / "a.pt")
 
 
@@ -245,13 +250,15 @@ def test_a_student_is_not_a_teacher(tmp_path: Path) -> None:
     """A checkpoint of a training run, given as the CLIP, and the other way round."""
     student = {"backbone.weight": torch.ones(2)}
     path = save_checkpoint({"step": 1, "segmenter": student, "text_features": student}, tmp_path)
-    with pytest.raises(ValueError, match=r"step_00000001.pt must hold a state dict of tensors"):
+    with pytest.raises(
+        ValueError, match=r"step_00000001.pt must hold a state dict, tensors by name"
+    ):
         load_clip(path)
     torch.save(student, tmp_path / "student.pt")
     with pytest.raises(ValueError, match=r"student.pt does not fit: .*vision transformer must"):
         load_clip(tmp_path / "student.pt")
     save_clip(small_clip(), tmp_path / "clip.pt")
-    with pytest.raises(ValueError, match=r"clip.pt must be a checkpoint of cliptteacher"):
+    with pytest.raises(ValueError, match=r"clip.pt must be a checkpoint of the format"):
         load_checkpoint(tmp_path / "clip.pt")
 
 
@@ -347,7 +354,9 @@ ONE_LAYER = {"vision_layers": 1, "text_layers": 1, "vision_width": 64, "vocab_si
 
 
 @pytest.mark.parametrize("theirs", [False, True], ids=["openai", "hugging_face"])
-def test_any_weight_damaged_renamed_or_missing_is_one_sentence(theirs: bool) -> None:
+def test_any_weight_damaged_renamed_or_missing_is_one_sentence(
+    theirs: bool, tmp_path: Path
+) -> None:
     state = CLIP(CLIPConfig(**{**vars(CONFIG), **ONE_LAYER})).state_dict()
     state = to_hugging_face(state) if theirs else state
     for name, tensor in state.items():
@@ -355,12 +364,13 @@ def test_any_weight_damaged_renamed_or_missing_is_one_sentence(theirs: bool) -> 
             continue
         rest = {other: t for other, t in state.items() if other != name}
         damages = [rest, {**rest, name: tensor.long()}, {**rest, name: tensor[None, None]}]
+        damages += [{**rest, name: tensor * torch.nan}, {**rest, name: tensor.double() + 1e300}]
         if any(part in name for part in THOROUGH):
             damages += [{**rest, f"old.{name}": tensor}]
             damages += [{**rest, name: torch.ones(shape)} for shape in wrong_shapes(name, tensor)]
         for damaged in damages:
             with pytest.raises(ValueError, match=r"must (hold|have|be)|not those of a CLIP"):
-                module._build(damaged, "gelu")
+                module._build(module._Weights(damaged, Settings("gelu")), Settings(), tmp_path)
 
 
 # Where sizes are read from, what is turned and what is joined; every other weight is only compared.

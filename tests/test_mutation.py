@@ -11,7 +11,14 @@ MUTANTS = load_mutants()
 ROOMS = {
     *("kmeans.py", "fusion.py", "glm.py", "vla.py", "plm.py", "losses.py", "metrics.py"),
     *("framework.py", "inference.py", "clip/model.py", "clip/tokenizer.py", "clip/prompts.py"),
-    *("clip/convert.py", "clip/archive.py", "clip/safetensors.py", "clip/weights.py"),
+    *(
+        "clip/convert.py",
+        "clip/archive.py",
+        "files.py",
+        "tensors.py",
+        "clip/weights.py",
+        "clip/settings.py",
+    ),
     *("data/splits.py", "training/schedule.py", "training/optimizer.py"),
 }
 

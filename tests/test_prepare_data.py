@@ -206,7 +206,7 @@ def test_the_program_tells_what_went_wrong(
     with trees.serve(tmp_path / "archives") as server:
         options = ["context", "--root", str(tmp_path / "root"), "--mirror", server.address]
         assert main(options, benchmarks={"context": benchmark}) == 1
-    assert "must have the MD5 000" in capsys.readouterr().err
+    assert "trainval_merged.json must start with 000" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["folder", "--root", str(tmp_path)])
     assert "needs no preparation; add --check" in capsys.readouterr().err

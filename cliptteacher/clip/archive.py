@@ -14,8 +14,10 @@ Cost: one pass over the file.
 
 import collections
 import io
+import itertools
 import math
 import pickle
+import pickletools
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +25,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from ..tensors import check_sizes, list_zip
+
+_MAX_MODULES = 100_000  # visits; a few modules that hold each other make a tree without end
 
 _DTYPE_OF_STORAGE = {
     "DoubleStorage": torch.float64,
@@ -82,11 +88,15 @@ def read_torchscript(path: Path) -> dict[str, Tensor]:
         Names and tensors, equal to those of ``torch.jit.load(path).state_dict()``.
 
     Raises:
-        ValueError: if the archive is damaged, or asks for anything but modules and tensors.
+        ValueError: if the archive is damaged, asks for anything but modules and tensors, or for
+            more memory than its size explains.
     """
+    list_zip(path)
     try:
         with zipfile.ZipFile(path) as archive:
-            return _read_state_dict(archive)
+            tensors = _read_state_dict(archive)
+        check_sizes(tensors, path)
+        return tensors
     except Exception as error:  # a hostile file can raise anything; it becomes one sentence
         raise ValueError(
             f"{path} must be an undamaged TorchScript archive of plain modules and tensors, "
@@ -99,13 +109,25 @@ def _read_state_dict(archive: zipfile.ZipFile) -> dict[str, Tensor]:
     root = root.removesuffix("/data.pkl")
     if _read_or(archive, f"{root}/byteorder", b"little") != b"little":
         raise ValueError("its numbers are big-endian")
-    module = _RecordUnpickler(io.BytesIO(archive.read(f"{root}/data.pkl"))).load()
+    pickled = archive.read(f"{root}/data.pkl")
+    _check_memo(pickled)
+    module = _RecordUnpickler(io.BytesIO(pickled)).load()
     if not isinstance(module, _Module):
         raise TypeError(f"its root is a {type(module).__name__} instead of a module")
-    records = dict(_walk(module, prefix=""))
+    records = dict(_walk(module, prefix="", visits=itertools.count()))
     storages = {record.storage for record in records.values()}
     numbers = {s: _read_storage(archive, f"{root}/data/{s.key}", s) for s in storages}
     return {name: _view(numbers[r.storage], r, name) for name, r in records.items()}
+
+
+def _check_memo(pickled: bytes) -> None:
+    """Refuse a pickle that numbers its objects higher than it has bytes.
+
+    Python's reader keeps a table as long as the highest number, so five bytes could take 64 GB.
+    """
+    for opcode, argument, _ in pickletools.genops(pickled):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > len(pickled):
+            raise ValueError(f"its description refers to an object {argument}")
 
 
 class _RecordUnpickler(pickle.Unpickler):
@@ -148,13 +170,17 @@ class _RecordUnpickler(pickle.Unpickler):
         return value
 
 
-def _walk(module: _Module, prefix: str) -> Iterator[tuple[str, _TensorRecord]]:
+def _walk(
+    module: _Module, prefix: str, visits: Iterator[int]
+) -> Iterator[tuple[str, _TensorRecord]]:
     """Yield every tensor of a tree of modules with its name; flags and numbers are left out."""
+    if next(visits) > _MAX_MODULES:
+        raise ValueError(f"it has more than {_MAX_MODULES} modules")
     for name, value in module.attributes.items():
         if isinstance(value, _TensorRecord):
             yield prefix + name, value
         elif isinstance(value, _Module):
-            yield from _walk(value, f"{prefix}{name}.")
+            yield from _walk(value, f"{prefix}{name}.", visits)
 
 
 def _read_storage(archive: zipfile.ZipFile, name: str, storage: _StorageRecord) -> Tensor:

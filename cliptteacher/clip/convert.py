@@ -9,10 +9,12 @@ Cost: the query, key and value matrices are copied once; everything else is rena
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+
+from ..tensors import rename, without_prefixes
 
 # Sizes and masks that some files carry along; all of them follow from the weights.
 _NOT_WEIGHTS = re.compile(
@@ -48,8 +50,8 @@ def to_openai_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename the weights of a CLIP to OpenAI's names.
 
     Args:
-        state_dict: weights as OpenAI, open_clip or Hugging Face's `CLIPModel` name them; all names
-            may begin with ``module.``, as those of a model trained in parallel do.
+        state_dict: weights as OpenAI, open_clip or Hugging Face's `CLIPModel` name them; the names
+            may begin with ``module.`` and ``_orig_mod.``, as those of a wrapped model do.
 
     Returns:
         The same numbers under OpenAI's names, without sizes, masks and position ids.
@@ -58,8 +60,8 @@ def to_openai_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         ValueError: if these are not the weights of one CLIP with a vision transformer, in one of
             the two namings.
     """
-    weights = {name: t for name, t in state_dict.items() if not _NOT_WEIGHTS.search(name)}
-    weights = _rename(weights, lambda name: name.removeprefix("module."))
+    weights = without_prefixes(state_dict)
+    weights = {name: tensor for name, tensor in weights.items() if not _NOT_WEIGHTS.search(name)}
     if any(name.startswith("visual.layer1.") for name in weights):
         raise ValueError(
             "the image encoder must be a vision transformer, got a CLIP with a ResNet; "
@@ -75,27 +77,13 @@ def to_openai_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return _from_hugging_face(weights) if theirs else weights
 
 
-def _rename(weights: Mapping[str, Tensor], new_name: Callable[[str], str]) -> dict[str, Tensor]:
-    """Rename all weights, none over another."""
-    source: dict[str, str] = {}
-    for name in weights:
-        new = new_name(name)
-        if new in source:
-            raise ValueError(
-                f"each weight must have one name, got {source[new]!r} and {name!r} for {new!r}; "
-                "save the state dict of one model"
-            )
-        source[new] = name
-    return {new: weights[name] for new, name in source.items()}
-
-
 def _from_hugging_face(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     # Told from their own name: a tensor that is called `text_projection` already lies as OpenAI's.
     turned = {
         name: tensor.mT.contiguous() if name in _PROJECTIONS and tensor.ndim == 2 else tensor
         for name, tensor in weights.items()
     }
-    return _join_query_key_value(_rename(turned, _to_openai_name))
+    return _join_query_key_value(rename(turned, _to_openai_name))
 
 
 def _to_openai_name(name: str) -> str:

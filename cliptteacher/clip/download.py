@@ -1,25 +1,10 @@
-"""Fetch OpenAI's published CLIP weights: resumable, verified, once per machine.
+"""OpenAI's published CLIP weights: where they are, and which hash they must have."""
 
-Sketch: if the file is in the cache and its SHA-256 is right, use it; otherwise take a lock (the
-processes of one machine wait for each other), go on from a partial file with an HTTP range
-request, verify the SHA-256, and rename. A file under its final name is always complete.
-"""
-
-import contextlib
-import hashlib
-import logging
 import os
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
-from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
 
-logger = logging.getLogger(__name__)
-
-_CHUNK = 1 << 20
-_TIMEOUT_SECONDS = 30
+from ..files import download
 
 
 class PublishedWeights(NamedTuple):
@@ -65,95 +50,10 @@ def download_weights(
         The path of the file.
 
     Raises:
-        FileNotFoundError: if the file is not in the cache and cannot be downloaded.
-        RuntimeError: if what was downloaded has the wrong SHA-256.
+        FileNotFoundError: the file is not in the cache and cannot be downloaded.
+        ValueError: what was downloaded has the wrong SHA-256.
+        OSError: the cache cannot be written.
     """
     cache = Path(cache_dir or os.environ.get("CLIPTTEACHER_CACHE") or "~/.cache/clip").expanduser()
     target = cache / published.url.rsplit("/", 1)[1]
-    if _is_verified(target, published):  # needs no lock, so a read-only cache will do
-        return target
-    cache.mkdir(parents=True, exist_ok=True)
-    with _locked(target.with_name(f"{target.name}.lock")):
-        if not _is_verified(target, published):  # another process may have been faster
-            _download(published, target)
-    return target
-
-
-def _is_verified(target: Path, published: PublishedWeights) -> bool:
-    if not target.exists():
-        return False
-    if _sha256(target) != published.sha256:
-        logger.warning("%s has the wrong SHA-256 and is downloaded again", target)
-        return False
-    return True
-
-
-def _download(published: PublishedWeights, target: Path) -> None:
-    partial = target.with_name(f"{target.name}.partial")
-    try:
-        _append(published.url, partial)
-    except (OSError, HTTPException) as error:
-        raise FileNotFoundError(
-            f"{target} is missing and downloading it stopped ({error}); call again to go on, or "
-            f"fetch {published.url} on another machine and save it as {target}"
-        ) from error
-    found = _sha256(partial)
-    if found != published.sha256:
-        partial.unlink()
-        raise RuntimeError(
-            f"{published.url} must have the SHA-256 {published.sha256}, got {found}; "
-            "the file was discarded, try again"
-        )
-    partial.replace(target)
-
-
-def _append(url: str, partial: Path) -> None:
-    """Download what a partial file still lacks."""
-    have = partial.stat().st_size if partial.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    try:
-        response = urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS)
-    except urllib.error.HTTPError as error:
-        if error.code == 416 and have:  # nothing is left to send: the SHA-256 will tell
-            return
-        raise
-    with response:
-        have = have if response.status == 206 else 0  # a server may ignore the range
-        if "Content-Length" not in response.headers:
-            raise OSError("the server does not tell the size of the file")
-        total = have + int(response.headers["Content-Length"])
-        logger.info("downloading %s (%.0f of %.0f MB)", url, (total - have) / 1e6, total / 1e6)
-        with partial.open("ab" if have else "wb") as file:
-            while chunk := response.read(_CHUNK):
-                file.write(chunk)
-                _log_progress(have, have + len(chunk), total)
-                have += len(chunk)
-        if have != total:
-            raise OSError(f"the connection closed after {have} of {total} bytes")
-
-
-def _log_progress(before: int, after: int, total: int) -> None:
-    """Log one line per tenth of the file."""
-    if before * 10 // total != after * 10 // total:
-        logger.info("downloaded %d%%", after * 100 // total)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock between the processes of one machine, where the system has such locks."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # released when the file is closed
-        yield
+    return download(published.url, target, digest=published.sha256)

@@ -30,6 +30,8 @@ IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
 Activation = Literal["quick_gelu", "gelu"]
+_ACTIVATIONS = ("quick_gelu", "gelu")
+_MAX_BLOCKS = 1000  # the largest published transformers have 56
 
 # The weights that tell every size, and how many dimensions each has.
 _SIZED_BY = {
@@ -51,7 +53,10 @@ class ImageFeatures(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class CLIPConfig:
-    """Sizes of a CLIP; the defaults are those of ViT-B/16."""
+    """Sizes of a CLIP; the defaults are those of ViT-B/16.
+
+    Heads that are None follow CLIP's rule, one for every 64 channels.
+    """
 
     embed_dim: int = 512
     image_size: int = 224
@@ -63,19 +68,38 @@ class CLIPConfig:
     text_width: int = 512
     text_layers: int = 12
     activation: Activation = "quick_gelu"
+    vision_heads: int | None = None
+    text_heads: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("vision_width", "text_width"):
-            width = getattr(self, name)
-            if width % _num_heads(width):
+        if self.activation not in _ACTIVATIONS:
+            raise ValueError(
+                f"`activation` must be one of {', '.join(_ACTIVATIONS)}, got {self.activation!r}"
+            )
+        for tower, heads in zip(("vision", "text"), self.heads, strict=True):
+            width = getattr(self, f"{tower}_width")
+            if isinstance(heads, bool) or not isinstance(heads, int) or heads < 1 or width % heads:
                 raise ValueError(
-                    f"`{name}` must be a multiple of its {_num_heads(width)} attention heads, "
-                    f"one for every 64 channels, got {width}"
+                    f"`{tower}_width` must be a multiple of its {heads!r} attention heads, "
+                    f"got {width}; give the heads that the model was trained with"
                 )
+
+    @property
+    def heads(self) -> tuple[int, int]:
+        """Attention heads of the vision and the text transformer."""
+        vision, text = self.vision_heads, self.text_heads
+        return (
+            max(1, self.vision_width // 64) if vision is None else vision,
+            max(1, self.text_width // 64) if text is None else text,
+        )
 
     @classmethod
     def from_state_dict(
-        cls, state_dict: Mapping[str, Tensor], activation: Activation = "quick_gelu"
+        cls,
+        state_dict: Mapping[str, Tensor],
+        activation: Activation = "quick_gelu",
+        vision_heads: int | None = None,
+        text_heads: int | None = None,
     ) -> CLIPConfig:
         """Read every size from weights with OpenAI's names.
 
@@ -83,6 +107,7 @@ class CLIPConfig:
             state_dict: names and tensors of a CLIP with a vision transformer.
             activation: not visible in the weights. OpenAI's CLIPs use QuickGELU, most CLIPs that
                 were trained with open_clip use GELU.
+            vision_heads, text_heads: not visible either; None for one per 64 channels.
 
         Raises:
             ValueError: a name that gives a size is missing or has another number of dimensions.
@@ -98,7 +123,7 @@ class CLIPConfig:
                 raise ValueError(
                     f"{name!r} must have {dimensions} dimensions, none of them empty, got {shape}"
                 )
-        patches = state_dict["visual.positional_embedding"].shape[0] - 1
+        patches = max(1, state_dict["visual.positional_embedding"].shape[0] - 1)
         vision_width, _, _, patch_size = state_dict["visual.conv1.weight"].shape
         context_length, text_width = state_dict["positional_embedding"].shape
         return cls(
@@ -112,17 +137,16 @@ class CLIPConfig:
             text_width=text_width,
             text_layers=_count_blocks(state_dict, "transformer.resblocks."),
             activation=activation,
+            vision_heads=None if vision_heads == vision_width // 64 else vision_heads,
+            text_heads=None if text_heads == text_width // 64 else text_heads,
         )
 
 
 def _count_blocks(state_dict: Mapping[str, Tensor], prefix: str) -> int:
-    return len(
-        {name[len(prefix) :].split(".")[0] for name in state_dict if name.startswith(prefix)}
-    )
-
-
-def _num_heads(width: int) -> int:
-    return max(1, width // 64)  # CLIP's rule: 64 channels a head
+    blocks = {name[len(prefix) :].split(".")[0] for name in state_dict if name.startswith(prefix)}
+    if len(blocks) > _MAX_BLOCKS:
+        raise ValueError(f"a CLIP must have at most {_MAX_BLOCKS} blocks, got {len(blocks)}")
+    return len(blocks)
 
 
 class QuickGELU(nn.Module):
@@ -135,9 +159,9 @@ class QuickGELU(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention with the parameter names of ``nn.MultiheadAttention``."""
 
-    def __init__(self, width: int, causal: bool) -> None:
+    def __init__(self, width: int, heads: int, causal: bool) -> None:
         super().__init__()
-        self.heads = _num_heads(width)
+        self.heads = heads
         self.causal = causal
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
@@ -154,9 +178,9 @@ class Attention(nn.Module):
 class ResidualAttentionBlock(nn.Module):
     """Pre-norm transformer block."""
 
-    def __init__(self, width: int, activation: Activation, causal: bool) -> None:
+    def __init__(self, width: int, heads: int, activation: Activation, causal: bool) -> None:
         super().__init__()
-        self.attn = Attention(width, causal)
+        self.attn = Attention(width, heads, causal)
         self.ln_1 = nn.LayerNorm(width)
         self.mlp = nn.Sequential(
             OrderedDict(
@@ -175,10 +199,12 @@ class ResidualAttentionBlock(nn.Module):
 class Transformer(nn.Module):
     """A stack of blocks."""
 
-    def __init__(self, width: int, layers: int, activation: Activation, causal: bool) -> None:
+    def __init__(
+        self, width: int, layers: int, heads: int, activation: Activation, causal: bool
+    ) -> None:
         super().__init__()
         self.resblocks = nn.Sequential(
-            *(ResidualAttentionBlock(width, activation, causal) for _ in range(layers))
+            *(ResidualAttentionBlock(width, heads, activation, causal) for _ in range(layers))
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -197,7 +223,9 @@ class VisionTransformer(nn.Module):
         tokens = (config.image_size // patch) ** 2 + 1
         self.positional_embedding = nn.Parameter(torch.empty(tokens, width))
         self.ln_pre = nn.LayerNorm(width)
-        self.transformer = Transformer(width, config.vision_layers, config.activation, False)
+        self.transformer = Transformer(
+            width, config.vision_layers, config.heads[0], config.activation, False
+        )
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(torch.empty(width, config.embed_dim))
 
@@ -258,7 +286,7 @@ class CLIP(nn.Module):
         self.config = config
         self.visual = VisionTransformer(config)
         self.transformer = Transformer(
-            config.text_width, config.text_layers, config.activation, True
+            config.text_width, config.text_layers, config.heads[1], config.activation, True
         )
         self.token_embedding = nn.Embedding(config.vocab_size, config.text_width)
         self.positional_embedding = nn.Parameter(

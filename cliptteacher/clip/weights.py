@@ -7,7 +7,7 @@ and shapes with the model; build the model in float32, frozen.
 | content                          | read by                              |
 |----------------------------------|--------------------------------------|
 | TorchScript archive (OpenAI)     | `archive.py`                         |
-| safetensors                      | `safetensors.py`                     |
+| safetensors, shards              | `tensors.py`                         |
 | ``torch.save``                   | ``torch.load(weights_only=True)``    |
 | `save_clip`, a case of the above | the same, then the rows are put back |
 
@@ -16,34 +16,58 @@ Cost: one pass over the file and one copy of the weights in memory.
 
 import json
 import os
-import zipfile
+import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor
 
+from ..files import write_whole
+from ..tensors import (
+    is_safetensors,
+    list_zip,
+    read_torch,
+    read_weights,
+    take_tensors,
+    without_prefixes,
+)
 from .archive import is_torchscript, read_torchscript
 from .convert import to_openai_names
 from .download import OPENAI_WEIGHTS, download_weights
 from .model import CLIP, IMAGE_MEAN, IMAGE_STD, Activation, CLIPConfig
-from .safetensors import is_safetensors, read_safetensors
+from .settings import Settings, read_settings
 
 _FORMAT = "cliptteacher-clip-1"
 _BUNDLED = Path(__file__).with_name("miniworld.pt")
 _FILES_IN_A_FOLDER = (
     *("model.safetensors", "pytorch_model.bin"),  # Hugging Face
+    *("model.safetensors.index.json", "pytorch_model.bin.index.json"),  # the same, in shards
     *("open_clip_model.safetensors", "open_clip_pytorch_model.bin"),
 )
 _TOKENS = "token_embedding"
+_MAX_TABLE = 1 << 28  # numbers of a token embedding; OpenAI's largest has 38 million
+# The sizes of OpenAI's four. All of them were trained with QuickGELU and heads of 64 channels.
+_VIT_L_14 = CLIPConfig(
+    embed_dim=768, patch_size=14, vision_width=1024, vision_layers=24, text_width=768
+)
+_OPENAI_SIZES = (
+    CLIPConfig(),
+    CLIPConfig(patch_size=32),
+    _VIT_L_14,
+    replace(_VIT_L_14, image_size=336),
+)
+
+Heads = int | tuple[int, int]
 
 
 class _Weights(NamedTuple):
-    """What a file holds; only our own files tell the activation."""
+    """What a file holds; only our own files give the settings as well."""
 
     tensors: Mapping[str, Tensor]
-    activation: Activation | None
+    settings: Settings | None
 
 
 def load_clip(
@@ -51,33 +75,40 @@ def load_clip(
     device: str | torch.device = "cpu",
     cache_dir: str | os.PathLike[str] | None = None,
     activation: Activation | None = None,
+    heads: Heads | None = None,
 ) -> CLIP:
     """Load a frozen CLIP in float32, in evaluation mode.
 
     Args:
         source: ``"miniworld"`` (bundled); ``"ViT-B/16"``, ``"ViT-B/32"``, ``"ViT-L/14"`` or
             ``"ViT-L/14@336px"`` (OpenAI's, downloaded once); or a path to OpenAI's archive, to an
-            open_clip or Hugging Face state dict (``torch.save`` or safetensors), to a folder that
-            holds one, or to a file of `save_clip`. The extension does not matter.
+            open_clip or Hugging Face state dict (``torch.save`` or safetensors, whole or in
+            shards), to a folder that holds one, or to a file of `save_clip`. The extension does
+            not matter.
         device: where the model shall be.
         cache_dir: where downloads are kept, see `download_weights`.
-        activation: ``"quick_gelu"`` or ``"gelu"``. A state dict does not tell. The default is what
-            the file tells if `save_clip` wrote it, and else QuickGELU, right for OpenAI's weights
-            in any format; open_clip's own (LAION, DataComp) mostly need ``"gelu"``.
+        activation: ``"quick_gelu"`` or ``"gelu"``.
+        heads: attention heads of the vision transformer, or of vision and text; with one number
+            the text transformer has one head for every 64 channels, as all published ones have.
+
+    Weights hold neither activation nor heads. What you do not give is taken from the file, if
+    `save_clip` wrote it; from `config.json` or `open_clip_config.json` beside it, see
+    `read_settings`; else it is QuickGELU and 64 channels a head, as in all models of OpenAI, with
+    a warning where the sizes are not those of one of them.
 
     Returns:
         The model; no parameter requires a gradient.
 
     Raises:
-        FileNotFoundError: if there is no such file, or it cannot be downloaded.
-        ValueError: if the file is damaged or does not hold a CLIP with a vision transformer.
-
-    Assumption: attention heads are 64 wide, as in all of OpenAI's models; state dicts do not tell.
+        FileNotFoundError: there is no such file, or it cannot be downloaded.
+        ValueError: the file is damaged or does not hold a CLIP with a vision transformer, the
+            heads do not divide the widths, or the activation is unknown.
     """
+    asked = _check_settings(activation, heads)
     path = _find(source, cache_dir)
     weights = _read(path)
     try:
-        clip = _build(weights.tensors, activation or weights.activation or "quick_gelu")
+        clip = _build(weights, asked, path)
     except ValueError as error:
         raise ValueError(f"{path} does not fit: {error}") from error
     return clip.to(device)
@@ -109,16 +140,12 @@ def save_clip(
     content = {
         "format": _FORMAT,
         "activation": clip.config.activation,
+        "heads": list(clip.config.heads),
         "state_dict": _drop_zero_rows(tensors),
         "extra": notes,
     }
-    target = Path(path)
-    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
-    try:
-        torch.save(content, partial)
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
+    with write_whole(path) as file:
+        torch.save(content, file)
 
 
 def _find(source: str | os.PathLike[str], cache_dir: str | os.PathLike[str] | None) -> Path:
@@ -144,69 +171,91 @@ def _find(source: str | os.PathLike[str], cache_dir: str | os.PathLike[str] | No
     return path
 
 
-def _read(path: Path) -> _Weights:
-    """Read a file of any known format, told from its content."""
-    with path.open("rb") as file:
-        head = file.read(9)
-    if head.startswith(b"PK\x03\x04"):
-        if is_torchscript(_names_in_zip(path)):
-            return _Weights(read_torchscript(path), None)
-        return _unwrap(path, _load_tensors(path))
-    if head.startswith(b"\x80"):  # a pickle: how PyTorch saved before 1.6
-        return _unwrap(path, _load_tensors(path))
-    if is_safetensors(head):
-        return _Weights(read_safetensors(path), None)
-    raise ValueError(
-        f"{path} must hold weights (TorchScript, torch.save or safetensors), but it begins with "
-        f"{head!r}; if that is text, the download gave a page or a pointer instead of the file"
-    )
-
-
-def _names_in_zip(path: Path) -> list[str]:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.namelist()
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"{path} is truncated or damaged ({error}); get it again") from error
-
-
-def _load_tensors(path: Path) -> object:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged or hostile file can raise anything
-        reason = str(error).strip().split("\n")[0]
+def _check_settings(activation: str | None, heads: Heads | None) -> Settings:
+    """Turn the arguments of `load_clip` into settings, before anything is read."""
+    if activation not in (None, *get_args(Activation)):
         raise ValueError(
-            f"{path} must be an undamaged file of plain tensors, but reading it stopped with: "
-            f"{reason}; get it again, or save only the state dict"
-        ) from error
+            f"`activation` must be one of {', '.join(get_args(Activation))}, got {activation!r}"
+        )
+    numbers = heads if isinstance(heads, tuple) else (heads,)
+    plain = [isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in numbers]
+    if heads is not None and (len(plain) > 2 or not plain or not all(plain)):
+        raise ValueError(f"`heads` must be one or two positive whole numbers, got {heads!r}")
+    return Settings(activation, *numbers)
 
 
-def _unwrap(path: Path, content: object) -> _Weights:
-    """Take the state dict out of whatever it was saved in."""
-    activation: Activation | None = None
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        if content.get("format") == _FORMAT:
-            activation = "gelu" if content.get("activation") == "gelu" else "quick_gelu"
-        content = content["state_dict"]
-    if not isinstance(content, dict) or not all(
-        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items()
-    ):
-        raise ValueError(f"{path} must hold a state dict of tensors; save `model.state_dict()`")
-    return _Weights(content, activation)
+def _read(path: Path) -> _Weights:
+    """Read a file of any known format, recognised by its content."""
+    if _is_zip(path) and is_torchscript(list_zip(path)):
+        return _Weights(read_torchscript(path), None)
+    if path.name.endswith(".index.json") or is_safetensors(path):
+        return _Weights(read_weights(path), None)
+    content = read_torch(path)
+    settings = None
+    if isinstance(content, dict) and content.get("format") == _FORMAT:
+        heads = content.get("heads", [None, None])  # older files: one for every 64 channels
+        if not isinstance(content.get("activation"), str) or not isinstance(heads, list | tuple):
+            raise ValueError(f"{path} must name its activation and its heads; save it again")
+        settings = Settings(content["activation"], *heads[:2])
+    return _Weights(take_tensors(content, path, ("state_dict", "model")), settings)
 
 
-def _build(tensors: Mapping[str, Tensor], activation: Activation) -> CLIP:
+def _is_zip(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
+def _build(weights: _Weights, asked: Settings, path: Path) -> CLIP:
     """Build the model that the weights describe, and compare every name and shape."""
-    weights = to_openai_names(_restore_zero_rows(tensors))
-    config = CLIPConfig.from_state_dict(weights, activation)
+    given = without_prefixes(_restore_zero_rows(weights.tensors))
+    tensors = to_openai_names(given)
+    found = weights.settings
+    if found is None and (asked.activation is None or asked.vision_heads is None):
+        theirs = "visual_projection.weight" in given
+        found = read_settings(path.parent, tensors, hugging_face=theirs)
+    config = _configure(tensors, asked, found or Settings())
+    if weights.settings is None:
+        _warn_of_guesses(config, asked, found or Settings(), path)
     # On the meta device nothing is drawn: loading leaves the random numbers of a run alone.
     with torch.device("meta"):
         clip = CLIP(config)
-    _check_names_and_shapes(weights, clip.state_dict())
-    clip.load_state_dict({name: t.float() for name, t in weights.items()}, assign=True)
+    _check_names_and_shapes(tensors, clip.state_dict())
+    clip.load_state_dict({name: t.float() for name, t in tensors.items()}, assign=True)
     clip.image_mean = torch.tensor(IMAGE_MEAN).view(3, 1, 1)
     clip.image_std = torch.tensor(IMAGE_STD).view(3, 1, 1)
     return clip.requires_grad_(False).eval()
+
+
+def _configure(tensors: Mapping[str, Tensor], asked: Settings, found: Settings) -> CLIPConfig:
+    """Join the sizes of the weights with the settings; those of the caller come first."""
+    activation = asked.activation or found.activation or "quick_gelu"
+    return CLIPConfig.from_state_dict(
+        tensors,
+        cast(Activation, activation),  # of a file perhaps; the configuration compares it
+        found.vision_heads if asked.vision_heads is None else asked.vision_heads,
+        found.text_heads if asked.text_heads is None else asked.text_heads,
+    )
+
+
+def _warn_of_guesses(config: CLIPConfig, asked: Settings, found: Settings, path: Path) -> None:
+    """Warn of what neither the caller nor a file says, unless the sizes are those of OpenAI."""
+    guessed = []
+    if asked.activation is None and found.activation is None:
+        guessed.append("QuickGELU")
+    if asked.vision_heads is None and found.vision_heads is None:
+        guessed.append("{} and {} heads (vision and text, 64 channels each)".format(*config.heads))
+    if guessed and _sizes(config) not in [_sizes(known) for known in _OPENAI_SIZES]:
+        warnings.warn(
+            f"{path} has weights alone, of sizes that no CLIP of OpenAI has: assumed "
+            f"{' and '.join(guessed)}; pass `activation` and `heads`, or put the config.json or "
+            "open_clip_config.json of the model beside the file",
+            stacklevel=4,
+        )
+
+
+def _sizes(config: CLIPConfig) -> dict[str, Any]:
+    other = ("activation", "vision_heads", "text_heads")
+    return {name: size for name, size in vars(config).items() if name not in other}
 
 
 def _check_names_and_shapes(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
@@ -218,6 +267,8 @@ def _check_names_and_shapes(weights: Mapping[str, Tensor], expected: Mapping[str
             problems.append(f"{name!r} has shape {shape} instead of {wanted}")
         elif not weights[name].is_floating_point():
             problems.append(f"{name!r} holds {weights[name].dtype} instead of real numbers")
+        elif not bool(weights[name].float().isfinite().all()):
+            problems.append(f"{name!r} holds numbers that are not finite")
     if problems:
         listed = ", ".join(problems[:5]) + (", ..." if len(problems) > 5 else "")
         raise ValueError(
@@ -253,9 +304,11 @@ def _restore_zero_rows(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         return tensors
     ids, rows, shape = (tensors[part] for part in parts)
     vocabulary, width = shape.tolist() if shape.shape == (2,) else (-1, -1)
+    whole = not ids.is_floating_point() and not shape.is_floating_point()
     inside = ids.numel() == 0 or (int(ids.min()) >= 0 and int(ids.max()) < vocabulary)
-    flat = ids.ndim == 1 and vocabulary >= 0
-    if not flat or tuple(rows.shape) != (ids.numel(), width) or not inside:
+    # Zero rows take no bytes in the file, so its size is no bound for their number.
+    flat = ids.ndim == 1 and 0 <= vocabulary * width <= _MAX_TABLE and vocabulary >= 0
+    if not whole or not flat or tuple(rows.shape) != (ids.numel(), width) or not inside:
         raise ValueError(
             f"its {ids.numel()} rows of {_TOKENS} do not fit into {vocabulary} x {width}"
         )

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
+from ..files import Progress
 from .benchmark import Benchmark
-from .download import Progress
 from .folder import IMAGE_SUFFIXES, FolderDataset
 from .parallel import parallel_map
 from .prepare import missing_archives

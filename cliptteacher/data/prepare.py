@@ -25,8 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps
 
+from ..files import Progress, download, write_json, write_text, write_whole
 from .benchmark import Archive, Benchmark, Item
-from .download import Progress, download
 from .parallel import parallel_map
 from .unpack import unpack
 
@@ -56,8 +56,8 @@ def prepare_benchmark(
         progress: called with what is going on, how much is done, and of how much (0: unknown).
 
     Raises:
-        OSError: if the disk is too small, or files are missing (`FileNotFoundError`).
-        ConnectionError: if a download failed.
+        OSError: if the disk is too small or cannot be written.
+        FileNotFoundError: if files are missing, or a download failed.
         ValueError: if an archive, a split or a label is not what was published, or `root` holds
             another data set.
     """
@@ -76,7 +76,7 @@ def prepare_benchmark(
     _convert_labels(benchmark, items, root / "labels", workers, progress)
     for split, listed in splits.items():
         write_text("".join(f"{item.name}\n" for item in listed), root / f"{split}.txt")
-    write_text(json.dumps(description(benchmark), indent=2) + "\n", root / "dataset.json")
+    write_json(description(benchmark), root / "dataset.json")
 
 
 def description(benchmark: Benchmark) -> dict[str, object]:
@@ -92,13 +92,6 @@ def description(benchmark: Benchmark) -> dict[str, object]:
 def missing_archives(benchmark: Benchmark, root: Path) -> list[Archive]:
     """List the archives whose content is not below the root yet."""
     return [archive for archive in benchmark.archives if not (root / archive.yields).exists()]
-
-
-def write_text(text: str, path: Path) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def _refuse_other_data(benchmark: Benchmark, root: Path) -> None:
@@ -143,14 +136,18 @@ def _fetch(
     urls = [*([f"{mirror.rstrip('/')}/{archive.file}"] if mirror else []), *archive.urls]
     target = root / archive.yields
     file = target if archive.inside is None else root / "archives" / archive.file
-    download(
-        urls,
-        file,
-        md5=archive.md5,
-        megabytes=archive.megabytes,
-        attempts=attempts,
-        progress=progress,
-    )
+    try:
+        download(
+            urls,
+            file,
+            digest=archive.md5,
+            algorithm="md5",
+            megabytes=archive.megabytes,
+            attempts=attempts,
+            progress=progress,
+        )
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}, or name a mirror") from error
     if archive.inside is None:
         return
     unpack(file, archive.inside, target, progress=progress)
@@ -240,9 +237,8 @@ def _convert(
         )
     # The labels belong to the pixels as stored, but photographs are read upright.
     label.getexif()[ExifTags.Base.Orientation] = orientation
-    temporary = folder / f".{item.name}.{os.getpid()}"
-    ImageOps.exif_transpose(label).save(temporary, "PNG")
-    temporary.replace(folder / f"{item.name}.png")
+    with write_whole(folder / f"{item.name}.png", flush=False) as file:  # 118,000 for COCO-Stuff
+        ImageOps.exif_transpose(label).save(file, "PNG")
     return None
 
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple
 
-from .download import Progress
+from ..files import Progress
 
 
 class _Member(NamedTuple):

@@ -49,8 +49,8 @@ def read_swin_weights(name: str, source: str | Path) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: If there is no such file, or the download is impossible.
-        RuntimeError: If the SHA-256 of the downloaded file is not the published one.
-        ValueError: If nothing is published for `name`, or the file does not hold tensors by name.
+        ValueError: If the SHA-256 of the download is not the published one, or if
+            nothing is published for `name`, or the file does not hold tensors by name.
     """
     if source != "imagenet":
         return convert_swin_keys(read_state_dict(Path(source)))

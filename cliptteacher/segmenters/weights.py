@@ -13,20 +13,17 @@ downloaded file is used only if its SHA-256 starts as its name says. Section 4.2
 arXiv:2310.02296v1 starts every student from ImageNet. The cost is one read of the file.
 """
 
-import hashlib
-import json
 import logging
-import math
-import os
-import pickle
 import re
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ..files import download
+from ..tensors import read_weights
 
 logger = logging.getLogger(__name__)
 
@@ -87,15 +84,6 @@ _RENAMINGS = (
 # ImageNet classifiers, and a layer that the authors' head registers but never runs.
 _DROPPED = re.compile(r"(?:head|classifier)\.(?:weight|bias)|decode_head\.conv_seg\..*")
 
-_SAFETENSORS_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-}
-
 
 def read_segformer_weights(name: str, source: str | Path) -> dict[str, Tensor]:
     """Read the weights of a SegFormer and give its tensors the names of `Segformer`.
@@ -111,8 +99,8 @@ def read_segformer_weights(name: str, source: str | Path) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: If there is no such file, or the download is impossible.
-        RuntimeError: If the SHA-256 of the downloaded file is not the published one.
-        ValueError: If nothing is published for `name`, or the file does not hold tensors by name.
+        ValueError: If the SHA-256 of the download is not the published one, or if
+            nothing is published for `name`, or the file does not hold tensors by name.
     """
     if source != "imagenet":
         return convert_segformer_keys(read_state_dict(Path(source)))
@@ -179,37 +167,25 @@ def load_segformer_weights(model: nn.Module, state: Mapping[str, Tensor]) -> Non
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Read tensors by name from a `.safetensors` file or a file of `torch.save`, on the CPU.
+    """Read tensors by name from a file, on the CPU.
 
     Args:
-        path: The file; the state dict may be wrapped in an entry `segmenter`, `state_dict` or
-            `model`.
+        path: safetensors, a file of `torch.save`, or the index of a file in shards; the state dict
+            may be wrapped in an entry `segmenter`, `state_dict` or `model`, and the names may
+            begin with `module.` and `_orig_mod.`.
 
     Returns:
-        Tensors by the names of the file.
+        Tensors by the names of the file, without these two prefixes.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file holds anything else than tensors by name.
+        ValueError: If the file is damaged or holds anything else than tensors by name.
     """
     if not path.is_file():
         raise FileNotFoundError(
             f"weights must be 'imagenet', None or an existing file, got {str(path)!r}"
         )
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        raise ValueError(
-            f"{path} must be a file of torch.save with tensors only; save the state dict again"
-        ) from error
-    for wrapper in ("segmenter", "state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
-    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
-        raise ValueError(f"{path} must hold tensors by name; save the state dict of the model")
-    return content
+    return read_weights(path, ("segmenter", "state_dict", "model"))
 
 
 def fetch(url: str) -> Path:
@@ -223,39 +199,11 @@ def fetch(url: str) -> Path:
 
     Raises:
         FileNotFoundError: If the file is neither there nor can be downloaded.
-        RuntimeError: If the hash is another.
+        ValueError: If the hash is another.
+        OSError: If the cache cannot be written.
     """
     path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
-    if path.is_file():
-        _check_hash(path, path)
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
-    logger.info("downloading %s to %s", url, path)
-    try:
-        torch.hub.download_url_to_file(url, str(partial), progress=False)
-        _check_hash(partial, path)
-        partial.replace(path)
-    except OSError as error:
-        raise FileNotFoundError(
-            f"{path} is missing and could not be downloaded ({error}); get {url} and put it there"
-        ) from error
-    finally:
-        partial.unlink(missing_ok=True)
-    return path
-
-
-def _check_hash(path: Path, published: Path) -> None:
-    expected = published.stem.rsplit("-", 1)[1]
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    if not digest.hexdigest().startswith(expected):
-        raise RuntimeError(
-            f"the SHA-256 of {published} must start with {expected}, got "
-            f"{digest.hexdigest()[:16]}; delete the file and download it again"
-        )
+    return download(url, path, digest=path.stem.rsplit("-", 1)[1])
 
 
 @cache
@@ -306,27 +254,3 @@ def check_fit(given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> No
             f"the weights must fit the model tensor by tensor, got {report}; "
             "check the name of the segmenter and its options"
         )
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Parse the format: 8 bytes of header length, a JSON header, then the raw tensors."""
-    content = path.read_bytes()
-    start = 8 + int.from_bytes(content[:8], "little")
-    try:
-        header = json.loads(content[8:start])
-        header.pop("__metadata__", None)
-        data = memoryview(bytearray(content[start:]))
-        return {name: _slice_tensor(data, entry) for name, entry in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} must be a complete safetensors file; get it again") from error
-
-
-def _slice_tensor(data: memoryview, entry: Mapping[str, Any]) -> Tensor:
-    dtype = _SAFETENSORS_DTYPES[entry["dtype"]]
-    shape = tuple(entry["shape"])
-    start, stop = entry["data_offsets"]
-    if not 0 <= start <= stop <= len(data) or stop - start != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"bytes {start} to {stop} do not hold {shape} values of {dtype}")
-    if start == stop:
-        return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(data[start:stop], dtype=dtype).reshape(shape)

@@ -79,8 +79,8 @@ def build_torchvision(name: str, channels: int, weights: str | Path | None) -> A
 
     Raises:
         FileNotFoundError: If there is no such file, or the download is impossible.
-        RuntimeError: If the SHA-256 of the downloaded file is not the published one.
-        ValueError: If the weights do not fit.
+        ValueError: If the SHA-256 of the download is not the published one, or if
+            the weights do not fit.
     """
     network = TORCHVISION_NETWORKS[name]
     state = None if weights is None else _read(name, weights)

@@ -29,6 +29,7 @@ import torch.distributed as dist
 import torchvision
 
 from ..distributed import Process
+from ..files import write_json, write_text
 
 # Settings from outside that change a run, its speed, or where it ran.
 _VARIABLES = (
@@ -40,11 +41,6 @@ _VARIABLES = (
 def default_output(recipe: str) -> Path:
     """Name a fresh run directory: ``runs/<recipe>-<date>``."""
     return Path("runs") / f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
-
-
-def write_json(content: Mapping[str, Any], path: str | Path) -> None:
-    """Write a JSON file whole or not at all."""
-    _write_whole(json.dumps(content, indent=2, ensure_ascii=False) + "\n", Path(path))
 
 
 def describe_environment(process: Process) -> dict[str, Any]:
@@ -110,7 +106,7 @@ class MetricsLog:
         path = Path(path)
         self._events = _open_events(path.with_name("tensorboard"), step) if tensorboard else None
         lines = path.read_text().splitlines() if path.exists() and step else []
-        _write_whole("".join(line + "\n" for line in lines if _step_of(line) <= step), path)
+        write_text("".join(line + "\n" for line in lines if _step_of(line) <= step), path)
         self._file = path.open("a")
 
     def write(self, row: Mapping[str, Any]) -> None:
@@ -166,13 +162,6 @@ def _step_of(line: str) -> int:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return sys.maxsize  # a line that was cut short by a crash
-
-
-def _write_whole(text: str, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    temporary.replace(path)
 
 
 def _read_object(path: Path) -> dict[str, Any]:
