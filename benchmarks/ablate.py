@@ -348,11 +348,15 @@ def summarise(row: AblationRow, runs: dict[str, dict[int, Run]]) -> dict[str, An
         "paper": None if paper is None else dict(zip(SCORES, paper, strict=True)),
     }
     for name in SCORES:
-        values = [scores[name] for scores in own.values()]
+        values = [scores[name] for scores in own.values() if scores[name] is not None]
         result[name] = {
             "mean": statistics.fmean(values) if values else None,
             "std": statistics.stdev(values) if len(values) > 1 else None,
-            "change_by_seed": [own[seed][name] - full[seed][name] for seed in compared],
+            "change_by_seed": [
+                own[seed][name] - full[seed][name]
+                for seed in compared
+                if None not in (own[seed][name], full[seed][name])
+            ],
         }
     return result
 
@@ -368,11 +372,8 @@ def draw(title: str, rows: Sequence[dict[str, Any]], path: Path) -> None:
         heights = [y + (place - 1) * 0.27 for y in range(len(rows))]
         means, spreads = ([row[name][key] or 0 for row in rows] for key in ("mean", "std"))
         axes.barh(heights, means, 0.25, xerr=spreads, label=name, error_kw={"elinewidth": 1})
-        paper = [
-            (row["paper"][name], y) for row, y in zip(rows, heights, strict=True) if row["paper"]
-        ]
-        label = "paper" if place == 0 else None
-        axes.scatter(*zip(*paper, strict=True), 60, "black", "|", label=label) if paper else None
+        paper = [row["paper"][name] if row["paper"] else None for row in rows]
+        axes.plot(paper, heights, "k|", markersize=9, label=None if place else "paper")
     axes.set_yticks(range(len(rows)), [row["title"] for row in rows])
     axes.invert_yaxis()
     axes.set_xlabel("percent")

@@ -125,8 +125,9 @@ def find(content: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def finished(content: dict[str, Any], name: str) -> list[dict[str, float]]:
-    """The scores of the finished runs of a row."""
-    return [run["scores"] for run in content["runs"] if run["row"] == name and run["scores"]]
+    """The scores of the finished runs of a row that are defined."""
+    runs = [run["scores"] for run in content["runs"] if run["row"] == name and run["scores"]]
+    return [run for run in runs if None not in run.values()]
 
 
 def cells(row: dict[str, Any], content: dict[str, Any], compare: bool) -> list[str]:
