@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
     recipe = get_recipe(args.data)
     config, base = resolve_config((TrainConfig, CLIPTeacherConfig), (recipe, given))
     clip = load_clip(config.clip)
-    dataset = open_dataset(config.data, config.root, args.split, cache=False)
+    dataset = open_dataset(config.data, config.root, args.split)
     with torch.inference_mode():
         batches = list(
             read_batches(dataset, clip, config.eval_resize, args.scenes, args.batch_size)
