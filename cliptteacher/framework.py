@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -106,7 +106,9 @@ class CLIPTeacher(nn.Module):
             GlobalLearningModule(config.glm_pooling, config.bank_size, config.temperature)
             for _ in config.glm_windows
         )
-        unused = {} if self.uses_adapter else {"adapter": "identity"}  # DDP waits for all gradients
+        unused: dict[str, Any] = (
+            {} if self.uses_adapter else {"adapter": "identity"}
+        )  # DDP waits for all gradients
         self.plm = PixelLearningModule(clip.embed_dim, replace(config, **unused))
 
     @property

@@ -151,7 +151,7 @@ class CLSBank(nn.Module):
         stored = state.get(f"{prefix}tokens")
         if stored is not None:  # the bank of another batch size has another number of rows
             self.tokens = self.tokens.new_zeros(stored.shape)
-        super()._load_from_state_dict(state, prefix, *args)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(state, prefix, *args)
 
 
 class GlobalLearningModule(nn.Module):

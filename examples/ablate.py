@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from ablation_report import write_report
 from ablation_runs import PROGRAMS, Run, as_flags, as_json
+from cliptteacher.training.distributed import Process
 from train import read_configuration
 
 from cliptteacher.training.ablations import (
@@ -37,7 +38,6 @@ from cliptteacher.training.ablations import (
     select_rows,
 )
 from cliptteacher.training.config import config_as_dict
-from cliptteacher.training.distributed import Process
 from cliptteacher.training.progress import format_time
 from cliptteacher.training.run import describe_environment
 
