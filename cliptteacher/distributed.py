@@ -38,14 +38,14 @@ def start_process(device: str = "auto") -> Process:
         device: "auto" takes CUDA where there is one, else "cpu" or "cuda".
 
     Raises:
-        RuntimeError: CUDA was asked for and there is none, or fewer devices than processes.
+        ValueError: CUDA was asked for and there is none, or fewer devices than processes.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if device == "cuda":
         if torch.cuda.device_count() <= local_rank:
-            raise RuntimeError(
+            raise ValueError(
                 f"process {local_rank} needs a CUDA device of its own, found "
                 f"{torch.cuda.device_count()}; use --device cpu or a smaller --nproc_per_node"
             )

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from .checkpoint import load_checkpoint, save_student, student_content
 from .clip import CLIP, class_text_features, load_clip
-from .clip.prompts import spell_class_name
+from .clip.prompts import spell_class_name, unread_words
 from .data.images import ImageLike, to_image
 from .data.transforms import keep_ratio_size
 from .logits import Similarity, pixel_logits, upsample, upsampled_argmax
@@ -198,6 +198,7 @@ class TrainedSegmenter:
         settings: arguments of `Predictor`: ``gamma``, ``logit_scale``, ``similarity``, ``resize``,
             ``size_divisor``.
         checkpoint: the other entries of the checkpoint ("step", "config", "clip", ...).
+        unread: words that the CLIP never read; what is predicted for them means nothing.
     """
 
     segmenter: nn.Module
@@ -206,6 +207,7 @@ class TrainedSegmenter:
     text_features: Tensor
     settings: dict[str, Any]
     checkpoint: dict[str, Any]
+    unread: tuple[str, ...] = ()
 
     def __call__(
         self,
@@ -254,13 +256,20 @@ class TrainedSegmenter:
         keys = [spell_class_name(word) for word in words]
         known = {spell_class_name(name): k for k, name in enumerate(self.class_names)}
         seen = {key for key, k in known.items() if k not in self.unseen}
+        unread: tuple[str, ...] = ()
         if all(key in known for key in keys):
             text = self.text_features[[known[key] for key in keys]]
         else:
             teacher = self._load_teacher(clip)
             text = class_text_features(teacher, words, self.checkpoint.get("templates", "single"))
-        unseen = tuple(k for k, key in enumerate(keys) if key not in seen)
-        return replace(self, class_names=tuple(words), unseen=unseen, text_features=text)
+            unread = tuple(unread_words(teacher, words))
+        return replace(
+            self,
+            class_names=tuple(words),
+            unseen=tuple(k for k, key in enumerate(keys) if key not in seen),
+            text_features=text,
+            unread=unread,
+        )
 
     def _load_teacher(self, clip: CLIP | str | Path | None) -> CLIP:
         source = clip or self.checkpoint.get("clip")
@@ -314,13 +323,7 @@ def load_segmenter(path: str | Path, segmenter: nn.Module | None = None) -> Trai
     """
     content = load_checkpoint(path)
     weights, name = content.pop("segmenter"), content["segmenter_name"]
-    if segmenter is None:
-        if name is None:
-            raise ValueError(
-                f"the student in {path} was not made by build_segmenter; pass the network it was "
-                "trained in as `segmenter`"
-            )
-        segmenter = build_segmenter(name, content["channels"], **content["segmenter_options"])
+    segmenter = _rebuild(content, path) if segmenter is None else segmenter
     try:
         segmenter.load_state_dict(weights)
     except RuntimeError as error:  # torch lists every tensor; the first says enough
@@ -344,6 +347,23 @@ def load_segmenter(path: str | Path, segmenter: nn.Module | None = None) -> Trai
         },
         checkpoint=content,
     )
+
+
+def _rebuild(content: dict[str, Any], path: str | Path) -> nn.Module:
+    """Build the student again that `build_segmenter` built for training."""
+    name = content["segmenter_name"]
+    if name is None:
+        raise ValueError(
+            f"the student in {path} was not built by build_segmenter; pass the network that it "
+            "was trained in: load_segmenter(path, segmenter=network)"
+        )
+    try:
+        return build_segmenter(name, content["channels"], **content["segmenter_options"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"the student in {path} cannot be built again: {error}; pass the network that it was "
+            "trained in: load_segmenter(path, segmenter=network)"
+        ) from error
 
 
 def window_starts(length: int, window: int, stride: int) -> list[int]:

@@ -27,11 +27,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from torch import Tensor
-from words import with_words
 
 from cliptteacher.clip import DenseTokens, class_text_features, load_clip
+from cliptteacher.command_line import number, one_sentence_errors
 from cliptteacher.data import SegmentationDataset, open_dataset
 from cliptteacher.data.catalog import BENCHMARKS
+from cliptteacher.distributed import Process, start_process, stop_process
 from cliptteacher.evaluation import (
     SCORES,
     evaluate,
@@ -39,9 +40,8 @@ from cliptteacher.evaluation import (
     scores_as_percent,
     sweep_gamma,
 )
+from cliptteacher.files import write_json
 from cliptteacher.inference import TrainedSegmenter, load_segmenter
-from cliptteacher.training.distributed import Process, start_process, stop_process
-from cliptteacher.training.run import write_json
 from cliptteacher.visualize import class_palette, overlay, write_png
 
 SECONDS_BETWEEN_LINES = 30
@@ -50,13 +50,12 @@ GAMMAS = (-4, -2, -1, -0.5, -0.2, -0.1, -0.05, 0, 0.05, 0.1, 0.2, 0.5, 0.75, 1, 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
-    process = start_process(args.device)
-    try:
-        run(args, process)
-    except (FileNotFoundError, ValueError) as error:
-        raise SystemExit(f"evaluate.py: {error}") from error
-    finally:
-        stop_process()
+    with one_sentence_errors("evaluate.py"):
+        process = start_process(args.device)
+        try:
+            run(args, process)
+        finally:
+            stop_process()
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -73,19 +72,29 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--root", help="folder of the data set; default: that of training")
     add("--split", default="val")
     add("--mode", choices=("whole", "slide"), default="whole")
-    add("--window", type=int, help="side of a sliding window; default: the crop of training")
-    add("--stride", type=int, help="step between windows; default: 5/6 of the window")
-    add("--resize", type=int, nargs=2, metavar=("LONG", "SHORT"), help="default: as in training")
-    add("--size-divisor", type=int, help="mirror images to a multiple; default: as in training")
-    add("--gamma", type=float, help="bonus of unseen classes; default: that of training, or 0")
+    add(
+        "--window",
+        type=number(int, 1),
+        help="side of a sliding window; default: the crop of training",
+    )
+    add("--stride", type=number(int, 1), help="step between windows; default: 5/6 of the window")
+    sides = {"nargs": 2, "metavar": ("LONG", "SHORT"), "type": number(int, 1)}
+    add("--resize", **sides, help="default: as in training")
+    add("--size-divisor", type=number(int, 1), help="mirror images to a multiple of this")
+    add("--gamma", type=number(float), help="bonus of unseen classes; default: as in training")
     add("--calibrate", metavar="SPLIT", help="choose gamma on this split, by hIoU")
-    add("--gammas", type=float, nargs="+", default=GAMMAS, help="those to choose from")
+    add("--gammas", type=number(float), nargs="+", default=GAMMAS, help="those to choose from")
     add("--templates", choices=("single", "ensemble"), default="single", help="of --clip-dense")
     add("--clip", help="name or path of the CLIP, for class names that training did not know")
     add("--save-dir", type=Path, help="write NAME.png (class indices) and NAME_overlay.png here")
     add("--json", type=Path, help="write the scores here")
-    add("--batch-size", type=int, default=1, help="images of equal size predicted together")
-    add("--workers", type=int, default=0, help="processes that read images ahead")
+    add(
+        "--batch-size",
+        type=number(int, 1),
+        default=1,
+        help="images of equal size predicted together",
+    )
+    add("--workers", type=number(int, 0), default=0, help="processes that read images ahead")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     return parser.parse_args(argv)
 
@@ -94,13 +103,13 @@ def run(args: argparse.Namespace, process: Process) -> None:
     """Evaluate, print and save."""
     trained = dense_teacher(args) if args.clip_dense else load_segmenter(args.checkpoint)
     dataset = open_split(args, trained)
-    student, unread = with_words(trained, dataset.class_names, args.clip)
+    student = trained.with_words(dataset.class_names, args.clip)
     # A student that has seen all classes is the upper bound of the data set's own unseen ones.
     groups = student.unseen or dataset.unseen
     settings = inference_settings(args, trained)
     gamma, sweep = choose_gamma(args, student, groups, settings, process)
     if process.is_main:
-        print_plan(args, student, dataset, gamma, unread)
+        print_plan(args, student, dataset, gamma)
     result = evaluate(
         student.predictor(gamma=gamma, **settings).to(process.device),
         dataset,
@@ -111,8 +120,7 @@ def run(args: argparse.Namespace, process: Process) -> None:
     if process.is_main:
         if args.json is not None:
             scores = scores_as_percent(result, dataset.class_names)
-            about = summary(args, student, settings, gamma, scores)
-            write_json({**about, "sweep": sweep}, args.json)
+            write_json({**summary(args, student, gamma, scores), "sweep": sweep}, args.json)
         print(format_scores(result, dataset.class_names, groups))
 
 
@@ -135,7 +143,7 @@ def choose_gamma(
 ) -> tuple[float, list[dict[str, Any]]]:
     """Take the gamma that was asked for, or the one with the best hIoU on another split."""
     if args.calibrate is None:
-        return student.gamma if args.gamma is None else args.gamma, []
+        return float(student.settings["gamma"]) if args.gamma is None else args.gamma, []
     if args.gamma is not None or args.calibrate == args.split:
         raise ValueError(
             "--calibrate chooses gamma on another split than --split, got "
@@ -143,7 +151,7 @@ def choose_gamma(
         )
     results = sweep_gamma(
         student.predictor(**settings).to(process.device),
-        open_dataset(args.data, args.root, args.calibrate, cache=False),
+        open_dataset(args.data, args.root, args.calibrate),
         args.gammas,
         **pass_settings(args, groups, process),
     )
@@ -166,17 +174,13 @@ def dense_teacher(args: argparse.Namespace) -> TrainedSegmenter:
         raise ValueError("--clip-dense needs a CLIP, got none; name one with --clip")
     args.data = args.data or ("folder" if args.root else "miniworld")
     clip = load_clip(args.clip)
-    dataset = open_dataset(args.data, args.root, args.split, cache=False)
+    dataset = open_dataset(args.data, args.root, args.split)
     return TrainedSegmenter(
         segmenter=DenseTokens(clip).eval(),
         class_names=dataset.class_names,
         unseen=tuple(dataset.unseen),
         text_features=class_text_features(clip, dataset.class_names, args.templates),
-        gamma=0.0,
-        logit_scale=1.0,
-        logits="cosine",
-        resize=None,
-        size_divisor=1,
+        settings={"gamma": 0.0, "similarity": "cosine"},
         checkpoint={"segmenter_name": "dense tokens", "step": 0, "clip": args.clip},
     )
 
@@ -187,19 +191,18 @@ def open_split(args: argparse.Namespace, trained: TrainedSegmenter) -> Segmentat
     args.data = args.data or ("folder" if args.root else config.get("data", "miniworld"))
     if args.data != "miniworld" and args.root is None:
         args.root = config.get("root")
-    return open_dataset(args.data, args.root, args.split, cache=False)
+    return open_dataset(args.data, args.root, args.split)
 
 
 def inference_settings(args: argparse.Namespace, trained: TrainedSegmenter) -> dict[str, Any]:
-    """Collect what the predictor needs to know about sizes."""
+    """Collect the arguments of the predictor that are asked for; the others are as in training."""
     window = args.window or trained.checkpoint.get("config", {}).get("crop", 512)
-    return {
-        "mode": args.mode,
-        "window": window,
-        "stride": args.stride or max(1, window * 5 // 6),
-        "resize": tuple(args.resize) if args.resize else trained.resize,
-        "size_divisor": trained.size_divisor if args.size_divisor is None else args.size_divisor,
-    }
+    settings = {"mode": args.mode, "window": window, "stride": args.stride or window * 5 // 6 or 1}
+    if args.resize:
+        settings["resize"] = tuple(args.resize)
+    if args.size_divisor:
+        settings["size_divisor"] = args.size_divisor
+    return settings
 
 
 def print_plan(
@@ -207,7 +210,6 @@ def print_plan(
     student: TrainedSegmenter,
     dataset: SegmentationDataset,
     gamma: float,
-    unread: list[str],
 ) -> None:
     """Say what is about to be measured, and which classes count as unseen."""
     name, step = student.checkpoint["segmenter_name"], student.checkpoint["step"]
@@ -223,8 +225,9 @@ def print_plan(
         print(f"unseen in training, with a bonus of {gamma:g}: {names}")
     else:
         print("training had labels of all these classes: an upper bound, no zero-shot result")
-    if unread:
-        print(f"warning: the CLIP never read the words {', '.join(unread)}; expect nothing of them")
+    if student.unread:
+        words = ", ".join(student.unread)
+        print(f"warning: the CLIP never read the words {words}; expect nothing of them")
 
 
 def print_progress() -> Callable[[int, int], None]:
@@ -258,7 +261,6 @@ def prediction_writer(
 def summary(
     args: argparse.Namespace,
     student: TrainedSegmenter,
-    settings: dict[str, Any],
     gamma: float,
     scores: dict[str, Any],
 ) -> dict[str, Any]:
@@ -274,7 +276,9 @@ def summary(
         "unseen": [student.class_names[k] for k in student.unseen],
         "gamma": gamma,
         "calibrated_on": args.calibrate,
-        **{name: settings[name] for name in ("mode", "resize", "size_divisor")},
+        "mode": args.mode,
+        "resize": args.resize or student.settings.get("resize"),
+        "size_divisor": args.size_divisor or student.settings.get("size_divisor", 1),
         "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
 

@@ -18,13 +18,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from cliptteacher.training.distributed import start_process
 from PIL import Image
 from torch import Tensor
 from words import with_words
 
 from cliptteacher.data.folder import read_image
 from cliptteacher.inference import Predictor, TrainedSegmenter, load_segmenter
-from cliptteacher.training.distributed import start_process
 from cliptteacher.visualize import Pixels, class_palette, overlay, write_png
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")

@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cliptteacher.checkpoint import student_content
 from cliptteacher.clip import class_text_features, load_clip
+from cliptteacher.command_line import one_sentence_errors
 from cliptteacher.data import SeenOnly, TrainingStream, open_dataset, training_transform
 from cliptteacher.distributed import Process, start_process, stop_process
 from cliptteacher.evaluation import evaluate, format_line, format_scores, scores_as_percent
@@ -48,16 +49,15 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 def main(argv: list[str] | None = None) -> None:
     recipe, config, method = read_configuration(argv)
-    process = start_process(config.device)
-    try:
-        if not config.dry_run:
-            train(recipe, config, method, process)
-        elif process.is_main:
-            print(describe_dry_run(recipe, config, method, process))
-    except (FileNotFoundError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from error
-    finally:
-        stop_process()
+    with one_sentence_errors("train.py"):
+        process = start_process(config.device)
+        try:
+            if not config.dry_run:
+                train(recipe, config, method, process)
+            elif process.is_main:
+                print(describe_dry_run(recipe, config, method, process))
+        finally:
+            stop_process()
 
 
 def train(
@@ -153,9 +153,7 @@ def train(
     precision = AUTOCAST.get(config.precision)
     ddp.train()
     for step, (images, labels) in run.steps(loader):
-        set_learning_rate(
-            optimizer, learning_rate_factor(step, config.iterations, config.warmup)
-        )
+        set_learning_rate(optimizer, learning_rate_factor(step, config.iterations, config.warmup))
         optimizer.zero_grad(set_to_none=True)
         for part, batch in enumerate(zip(images.chunk(parts), labels.chunk(parts), strict=True)):
             alone = process.world_size == 1 or part == parts - 1  # no exchange before the last

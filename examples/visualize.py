@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,16 +25,17 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from cliptteacher import IGNORE_INDEX
 from cliptteacher.clip import CLIP, ImageFeatures, load_clip
+from cliptteacher.command_line import number, one_sentence_errors
 from cliptteacher.data import SegmentationDataset, open_dataset
-from cliptteacher.data.splits import IGNORE_INDEX, ClassSplit
+from cliptteacher.data.splits import ClassSplit
 from cliptteacher.data.transforms import cut_to_patches
-from cliptteacher.framework import CLIPTeacherConfig
+from cliptteacher.files import write_json
 from cliptteacher.glm import attention_weights
 from cliptteacher.inference import TrainedSegmenter, load_segmenter
-from cliptteacher.plm import PixelLearningModule
+from cliptteacher.plm import PixelLearningModule, PLMConfig
 from cliptteacher.training.config import resolve_config
-from cliptteacher.training.run import write_json
 from cliptteacher.visualize import cluster_map, heat_map, overlay, prediction_panel, write_png
 
 GAP, MARGIN, TITLE = 10, 14, 30
@@ -55,10 +57,8 @@ class Sample(NamedTuple):
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
-    try:
+    with one_sentence_errors("visualize.py"):
         draw(args)
-    except (FileNotFoundError, ValueError) as error:
-        raise SystemExit(f"visualize.py: {error}") from error
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -71,7 +71,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--root", help="folder of the data set; default: that of training")
     add("--split", default="val")
     add("--clip", help="name or path of the teacher; default: that of training")
-    add("--images", type=int, default=6, help="rows of each figure")
+    add("--images", type=number(int, 1), default=6, help="rows of each figure")
     add("--output", type=Path, required=True, help="folder of the figures")
     return parser.parse_args(argv)
 
@@ -82,14 +82,14 @@ def draw(args: argparse.Namespace) -> None:
     trained = load_segmenter(args.checkpoint)
     config = trained.checkpoint["config"]
     data, root = args.data or config["data"], args.root or config["root"]
-    dataset = open_dataset(data, root, args.split, cache=False)
+    dataset = open_dataset(data, root, args.split)
     if tuple(dataset.class_names) != trained.class_names:
         raise ValueError(
             f"the data set must have the classes of training, {', '.join(trained.class_names)}, "
             f"got {', '.join(dataset.class_names)}; give the --data and --root of training"
         )
     clip = load_clip(args.clip or trained.checkpoint["clip"])
-    samples = choose_samples(dataset, args.images, clip.patch_size, trained.resize)
+    samples = choose_samples(dataset, args.images, clip.patch_size, trained.settings["resize"])
     pictures = {
         "figure5": attention_figure(samples, trained, clip, dataset.unseen),
         "figure6": cluster_figure(samples, config, clip, dataset),
@@ -162,7 +162,7 @@ def measure_attention(
     spread, peak = 0.0, 0.0
     sums = {name: [0.0, 0.0] for name in KINDS}
     for index in range(count):
-        image, labels = cut_to_patches(*dataset[index], clip.patch_size, trained.resize)
+        image, labels = cut_to_patches(*dataset[index], clip.patch_size, trained.settings["resize"])
         sample = Sample(dataset.image_name(index), image, labels, lookup[labels.long()])
         weights = attention_of(sample, trained, clip)
         spread += float(torch.special.entr(weights).sum().exp()) / weights.numel() / count
@@ -209,11 +209,11 @@ def cluster_figure(
     samples: Sequence[Sample], config: dict[str, Any], clip: CLIP, dataset: SegmentationDataset
 ) -> Image.Image:
     """Figure 6: image, hidden labels, all clusters, fused groups, and some centres alone."""
-    names = {
-        name: config[name] for name in CLIPTeacherConfig.__dataclass_fields__ if name in config
-    }
-    (method,) = resolve_config((CLIPTeacherConfig,), (names,))
-    fused, single = grouping(clip, method, method.fusion_threshold), grouping(clip, method, 2.0)
+    names = {name: config[name] for name in PLMConfig.__dataclass_fields__ if name in config}
+    (method,) = resolve_config((PLMConfig,), ({**names, "adapter": "identity"},))
+    fused = PixelLearningModule(clip.embed_dim, method)
+    # No cosine passes a threshold of 2: nothing is fused.
+    single = PixelLearningModule(clip.embed_dim, replace(method, fusion_threshold=2.0))
     rows: list[list[Image.Image]] = []
     captions: list[str] = []
     for sample in samples:
@@ -244,19 +244,6 @@ def centers_alone(clusters: Tensor, groups: Tensor) -> list[Tensor]:
         own, sizes = clusters[groups == group].unique(return_counts=True)
         masks.append(torch.where(clusters == own[sizes.argmax()], 0, -1))
     return masks + [torch.full_like(clusters, -1)] * (CENTERS - len(masks))
-
-
-def grouping(clip: CLIP, method: CLIPTeacherConfig, threshold: float) -> PixelLearningModule:
-    """The clustering of a training run; no cosine passes a threshold of 2: nothing is fused."""
-    return PixelLearningModule(
-        clip.embed_dim,
-        scales=method.scales,
-        seeding=method.seeding,
-        iterations=method.kmeans_iterations,
-        threshold=threshold,
-        ignored_share=method.ignored_share,
-        adapter="identity",
-    )
 
 
 def prediction_figure(

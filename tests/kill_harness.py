@@ -34,7 +34,7 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 INTERVAL = 3  # iterations from checkpoint to checkpoint
 PATIENCE = 3600.0  # seconds that an attempt may take on a busy machine
 OPTIONS = f"""--data miniworld --clip miniworld --segmenter segformer_nano --batch-size 2 --crop 64
-    --resize 64 64 --warmup 2 --kmeans-iterations 2 --bank-size 3 --ema-decay 0.9
+    --resize 64 64 --warmup 2 --kmeans-iterations 2 --bank-size 3
     --clip-gradient 1 --checkpoint-interval {INTERVAL} --log-interval 1 --eval-interval 0
     --test-split val --device cpu --resume"""
 
@@ -172,7 +172,7 @@ def differences(first: Any, second: Any, path: str = "") -> list[str]:
 
 def compare(one: Path, other: Path) -> list[str]:
     """What differs between two finished runs, times and paths left out."""
-    load = importlib.import_module("cliptteacher.training.checkpoint").load_checkpoint
+    load = importlib.import_module("cliptteacher.checkpoint").load_checkpoint
     states = [load(run) for run in (one, other)]
     for state in states:
         state["config"].pop("output")

@@ -11,8 +11,8 @@ import torch
 from test_programs import tiny_clip, write_dataset
 from torch import Tensor, nn
 
+from cliptteacher.checkpoint import load_checkpoint
 from cliptteacher.clip import save_clip
-from cliptteacher.training.checkpoint import load_checkpoint
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 NAMES = ("grass", "sky", "brick", "water")
@@ -43,7 +43,7 @@ def make_space(folder: Path) -> Path:
 def options(space: Path, output: Path | None, *more: str) -> list[str]:
     text = f"""--data folder --root {space / "data"} --clip {space / "clip.pt"}
         --segmenter segformer_nano --iterations 6 --batch-size 4 --crop 32 --resize 64 64
-        --checkpoint-interval 2 --keep-checkpoints 2 --eval-interval 0 --log-interval 1
+        --checkpoint-interval 2 --eval-interval 0 --log-interval 1
         --warmup 1 --kmeans-iterations 2 --bank-size 2 --device cpu --seed 3"""
     where = [] if output is None else ["--output", str(output)]
     return [*text.split(), *where, *more]
@@ -53,7 +53,9 @@ def program(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """Import train.py, with a student that costs nothing."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
     train = importlib.import_module("train")
-    monkeypatch.setattr(train, "build_segmenter", lambda name, channels, *_: NoisyStudent(channels))
+    monkeypatch.setattr(
+        train, "build_segmenter", lambda _, channels, *__, **___: NoisyStudent(channels)
+    )
     torch.set_num_threads(1)
     return train
 

@@ -147,20 +147,6 @@ def test_a_value_of_the_wrong_type(layer: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "message"),
-    [
-        ("keep_checkpoints", 1, "`keep_checkpoints` must be at least 2, got 1; the newest may"),
-        ("ema_decay", 1.0, r"`ema_decay` must lie in \[0, 1\).*got 1.0 and 0"),
-        ("ema_decay", -0.1, r"`ema_decay` must lie in \[0, 1\)"),
-        ("skip_nonfinite", -1, r"`skip_nonfinite` be at least 0, got 0.0 and -1"),
-    ],
-)
-def test_values_out_of_range(field: str, value: float, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        TrainConfig(**{field: value})
-
-
-@pytest.mark.parametrize(
     "name",
     ["iterations", "batch_size", "crop", "log_interval", "checkpoint_interval", "accumulate"],
 )
@@ -204,7 +190,6 @@ FIELDS = [
     for name, field in cls.__dataclass_fields__.items()
 ]
 NAMES = [name for name, _, _ in FIELDS]
-ALLOWED = {"ema_decay": 0.75}  # where not every value of the type is
 NEEDED = {"data": {"root": "photos"}}  # what a value of a field asks of others
 
 
@@ -230,7 +215,7 @@ def other_value(hint: Any, default: Any) -> Any:
 def test_every_field_by_flag_and_by_file(
     name: str, hint: Any, default: Any, tmp_path: Path
 ) -> None:
-    value = ALLOWED.get(name, other_value(hint, default))
+    value = other_value(hint, default)
     flag = "--" + name.replace("_", "-")
     words = [flag, *map(str, value if isinstance(value, tuple) else (value,))]
     if isinstance(value, bool):

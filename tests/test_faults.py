@@ -17,17 +17,18 @@ import torch
 from small_runs import NoisyStudent, final, make_space, options, program, rows
 from torch import Tensor
 
-from cliptteacher.data import FolderDataset
-from cliptteacher.training import checkpoint as checkpoint_file
-from cliptteacher.training.checkpoint import (
+from cliptteacher import checkpoint as checkpoint_file
+from cliptteacher.checkpoint import (
     is_intact,
     list_checkpoints,
     load_checkpoint,
     newest_checkpoint,
     save_checkpoint,
+    student_content,
 )
+from cliptteacher.data import FolderDataset
+from cliptteacher.training.finite import FiniteCheck
 from cliptteacher.training.interruption import ignore_signals
-from cliptteacher.training.nonfinite import NonFiniteGuard, gradient_norm
 
 CPU = torch.device("cpu")
 
@@ -38,12 +39,18 @@ def space(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def content(step: int) -> dict[str, Any]:
-    return {"step": step, "w": torch.full((100,), float(step))}
+    student = student_content(torch.nn.Identity(), names=["cat"], text_features=torch.ones(1, 2))
+    return {**student, "step": step, "w": torch.full((100,), float(step))}
+
+
+@pytest.fixture
+def keep_three(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint_file, "KEEP", 3)
 
 
 def save_three(run: Path) -> list[Path]:
     for step in (1, 2, 3):
-        save_checkpoint(content(step), run / "checkpoints", keep=3)
+        save_checkpoint(content(step), run / "checkpoints")
     return list_checkpoints(run / "checkpoints")
 
 
@@ -66,7 +73,7 @@ def flip_one_bit(path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [cut, empty, flip_one_bit])
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(
-    tmp_path: Path, damage: Callable[[Path], None]
+    tmp_path: Path, keep_three: None, damage: Callable[[Path], None]
 ) -> None:
     files = save_three(tmp_path)
     damage(files[2])
@@ -99,16 +106,16 @@ def test_every_flipped_byte_is_noticed(tmp_path: Path) -> None:
     assert is_intact(path)
 
 
-def test_the_sums_are_those_of_sha256sum(tmp_path: Path) -> None:
+def test_the_sums_are_those_of_sha256sum(tmp_path: Path, keep_three: None) -> None:
     save_three(tmp_path)
     folder = tmp_path / "checkpoints"
     assert len((folder / "SHA256SUMS").read_text().splitlines()) == 3
     if shutil.which("sha256sum"):
         subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=folder, check=True)
     for step in (4, 5):
-        save_checkpoint(content(step), folder, keep=2)
+        save_checkpoint(content(step), folder)
     names = [line.split()[1] for line in (folder / "SHA256SUMS").read_text().splitlines()]
-    assert names[-2:] == ["step_00000004.pt", "step_00000005.pt"] and len(names) <= 4
+    assert names[-2:] == ["step_00000004.pt", "step_00000005.pt"] and len(names) <= 5
 
 
 def test_checkpoints_without_sums_are_taken_as_they_are(tmp_path: Path) -> None:
@@ -171,7 +178,7 @@ def save_and_die(folder: Path, calls: int) -> bool:
 
         for owner, name in CALLS:
             setattr(owner, name, mortal(getattr(owner, name)))
-        save_checkpoint(content(3), folder, keep=2)
+        save_checkpoint(content(3), folder)
     except BaseException:
         os._exit(1)
     os._exit(0)
@@ -184,13 +191,13 @@ def test_whenever_it_dies_the_newest_checkpoint_is_whole(tmp_path: Path, again: 
     while not survived:
         folder = tmp_path / str(calls)
         for step in (1, 2, 3) if again else (1, 2):
-            save_checkpoint(content(step), folder, keep=2)
+            save_checkpoint(content(step), folder)
         survived = save_and_die(folder, calls)
         newest = newest_checkpoint(folder)  # no warning: nothing is damaged
         assert newest is not None and is_intact(newest) and is_intact(folder / "last.pt")
         step = load_checkpoint(newest)["step"]
         assert step in ((3,) if again or survived else (2, 3))
-        save_checkpoint(content(4), folder, keep=2)  # and the next one cleans up
+        save_checkpoint(content(4), folder)  # and the next one cleans up
         assert not list(folder.glob("*.tmp*"))
         assert [int(path.stem[5:]) for path in list_checkpoints(folder)][-1] == 4
         calls += 1
@@ -311,70 +318,37 @@ class Diverging(NoisyStudent):
         return super().forward(images * factor)
 
 
-def diverging(
-    monkeypatch: pytest.MonkeyPatch, *steps: int, skipped: bool = False
-) -> tuple[ModuleType, list[dict[str, Tensor]]]:
-    """train.py with that student; its weights as every step found them are recorded."""
-    train, seen = program(monkeypatch), []
+def diverging(monkeypatch: pytest.MonkeyPatch, *steps: int) -> ModuleType:
+    """train.py with that student."""
+    train = program(monkeypatch)
     monkeypatch.setattr(Diverging, "steps", steps)
-    monkeypatch.setattr(train, "build_segmenter", lambda _, channels, *__: Diverging(channels))
-    real = train.train_step
-
-    def watched(learner: Any, *args: Any) -> Any:
-        seen.append({k: v.clone() for k, v in learner.model.state_dict().items()})
-        result = real(learner, *args)
-        seen[-1] = {"before": seen[-1], "after": learner.model.state_dict()}
-        seen[-1]["after"] = {k: v.clone() for k, v in seen[-1]["after"].items()}
-        return result
-
-    monkeypatch.setattr(train, "train_step", watched)
-    return train, seen
+    monkeypatch.setattr(
+        train, "build_segmenter", lambda _, channels, *__, **___: Diverging(channels)
+    )
+    return train
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_weights_move(
-    space: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("interval", [1, 4])
+def test_a_loss_that_is_not_finite_ends_the_run_before_a_checkpoint(
+    space: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interval: int
 ) -> None:
-    train, seen = diverging(monkeypatch, 3)
+    """Noticed with the next line of the log, at the latest before a checkpoint is written."""
+    train = diverging(monkeypatch, 2, 3)
     with pytest.raises(SystemExit) as stop:
-        train.main(options(space, tmp_path / "run"))
+        train.main(options(space, tmp_path / "run", "--log-interval", str(interval)))
     message = str(stop.value.code)
     assert (
-        "error: iteration 3 was not finite: global, ce, focal, dice, generate on process 0"
+        "error: iteration 2 was not finite: global, ce, focal, dice, generate on process 0"
         in message
     )
-    assert "samples 12 to 15 (images scene" in message and message.count("scene") == 4
-    assert "The weights did not move; 1 such iterations so far, 0 may be skipped" in message
-    assert len(seen) == 4
-    for name in ("segmenter.head.weight", "segmenter.backbone.0.weight", "plm.adapter.mlp.0.bias"):
-        assert torch.equal(seen[3]["before"][name], seen[3]["after"][name])
-        assert not torch.equal(seen[2]["before"][name], seen[2]["after"][name])
-    assert final(tmp_path / "run")["step"] == 2
-
-
-def test_skipped_steps_leave_no_trace(
-    space: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    train, seen = diverging(monkeypatch, 1, 3)
-    train.main(options(space, tmp_path / "run", "--skip-nonfinite", "2"))
-    printed = capsys.readouterr().out
-    for step, count in ((1, 1), (3, 2)):
-        assert f"warning: iteration {step} was not finite: global" in printed
-        assert f"{count} such iterations so far, 2 may be skipped" in printed
-        for name, before in seen[step]["before"].items():
-            assert torch.equal(before, seen[step]["after"][name]), name  # statistics as well
+    assert "samples 8 to 11 (images scene" in message and message.count("scene") == 4
+    assert f"The last checkpoint in {tmp_path / 'run'} is good" in message
     content = final(tmp_path / "run")
-    assert content["training"]["skipped"] == 2 and content["step"] == 6
+    assert content["step"] == 2
     assert all(value.isfinite().all() for value in content["segmenter"].values())
-    steps = {state["step"].item() for state in content["training"]["optimizer"]["state"].values()}
-    assert steps == {4.0}
-
-
-def test_one_more_than_may_be_skipped(
-    space: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    train, _ = diverging(monkeypatch, 1, 3)
-    with pytest.raises(SystemExit, match="iteration 3 was not .* 2 such iterations so far, 1 may"):
-        train.main(options(space, tmp_path / "run", "--skip-nonfinite", "1"))
+    monkeypatch.setattr(Diverging, "steps", ())
+    train.main(options(space, tmp_path / "run", "--resume"))
+    assert final(tmp_path / "run")["step"] == 6
 
 
 def losses_of(**values: float) -> dict[str, Tensor]:
@@ -382,79 +356,46 @@ def losses_of(**values: float) -> dict[str, Tensor]:
     return {**terms, "total": torch.stack(tuple(terms.values())).sum()}
 
 
-def test_the_guard_reads_its_record_when_it_is_asked() -> None:
-    """As on a device: steps go on, frozen behind the fatal one, until somebody looks."""
-    guard = NonFiniteGuard(1, CPU, scaled=True)
-    norms = {True: torch.tensor(1.0), False: torch.tensor(torch.nan)}
-    seeds = []
-    for step, ce in enumerate((1.0, torch.inf, 2.0, torch.nan, 3.0)):
-        seed = guard.seed(losses_of(ce=ce, dice=1.0))
-        seeds.append(seed.item())
-        found_inf = guard.judge(step, norms[bool(seed.isfinite())])
-        assert found_inf.item() == float(not seed.isfinite())
-    assert [s == s for s in seeds] == [True, False, True, False, False]
-    found = guard.check()
-    assert found is not None and found.is_fatal
-    assert (found.step, found.count, found.terms) == (1, 2, {0: ("ce",)})
-    assert guard.check() is None
+def test_the_first_step_is_the_one_that_is_named() -> None:
+    """As on a device: steps go on until the note is read."""
+    check = FiniteCheck(CPU)
+    for step, ce in enumerate((1.0, torch.inf, 2.0, torch.nan)):
+        check.add(losses_of(ce=ce, dice=1.0))
+        check.end_step(step, torch.tensor(1.0))
+    assert check.check() == (1, {0: ["ce"]})
+
+
+def test_a_part_of_a_step_counts_for_the_step() -> None:
+    check = FiniteCheck(CPU)
+    for ce in (torch.nan, 1.0):
+        check.add(losses_of(ce=ce))
+    check.end_step(5, torch.tensor(torch.nan))
+    check.add(losses_of(ce=1.0))
+    check.end_step(6, torch.tensor(1.0))
+    assert check.check() == (5, {0: ["ce"]})
 
 
 def test_a_gradient_alone_may_be_bad() -> None:
-    guard = NonFiniteGuard(0, CPU)
-    assert guard.seed(losses_of(ce=1.0), 0.5).item() == 0.5
-    assert guard.judge(7, torch.tensor(torch.inf)).item() == 1.0
-    found = guard.check()
-    assert found is not None and (found.step, found.terms) == (7, {0: ("gradient",)})
+    check = FiniteCheck(CPU)
+    check.add(losses_of(ce=1.0))
+    check.end_step(7, torch.tensor(torch.inf))
+    assert check.check() == (7, {0: ["gradient"]})
 
 
 def test_a_total_alone_may_be_bad() -> None:
-    guard = NonFiniteGuard(0, CPU)
-    guard.seed(
+    check = FiniteCheck(CPU)
+    check.add(
         {"ce": torch.tensor(3e38), "dice": torch.tensor(3e38), "total": torch.tensor(torch.inf)}
     )
-    guard.judge(0, torch.tensor(torch.nan))
-    found = guard.check()
-    assert found is not None and found.terms == {0: ("total",)}
+    check.end_step(0, torch.tensor(torch.nan))
+    assert check.check() == (0, {0: ["total"]})
 
 
 def test_gradients_that_overflow_in_half_precision_are_the_scalers_business() -> None:
-    guard = NonFiniteGuard(0, CPU, scaled=True)
-    guard.seed(losses_of(ce=1.0))
-    assert guard.judge(0, torch.tensor(torch.inf)).item() == 1.0
-    assert guard.check() is None and guard.state_dict() == 0
-
-
-def test_the_record_outlives_an_interruption() -> None:
-    guard = NonFiniteGuard(3, CPU)
-    guard.load_state_dict(3)
-    guard.seed(losses_of(ce=torch.nan))
-    guard.judge(9, torch.tensor(torch.nan))
-    found = guard.check()
-    assert found is not None and found.is_fatal and guard.state_dict() == 4
-
-
-def test_the_norm_is_that_of_all_gradients() -> None:
-    a, b, c = (torch.nn.Parameter(torch.zeros(n)) for n in (2, 3, 4))
-    a.grad, b.grad = torch.tensor([3.0, 0.0]), torch.tensor([0.0, 4.0, 12.0])
-    assert gradient_norm([a, b, c]).item() == pytest.approx(13.0)
-    b.grad[1] = torch.nan
-    assert not gradient_norm([a, b, c]).isfinite()
-
-
-def test_the_optimiser_heeds_found_inf() -> None:
-    """What the guard relies on: fused AdamW with found_inf moves as without it, or not at all."""
-    ends = []
-    for flags in (None, 0.0, 1.0):
-        weight = torch.nn.Parameter(torch.linspace(-1, 1, 5))
-        optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
-        for _ in range(3):
-            weight.grad = weight.detach() ** 2 - 0.3
-            if flags is not None:
-                optimizer.found_inf = torch.tensor(flags)
-            optimizer.step()
-        ends.append((weight.detach(), optimizer.state[weight]["step"].item()))
-    assert torch.equal(ends[0][0], ends[1][0]) and ends[0][1] == ends[1][1] == 3
-    assert torch.equal(ends[2][0], torch.linspace(-1, 1, 5)) and ends[2][1] == 0
+    check = FiniteCheck(CPU, scaled=True)
+    check.add(losses_of(ce=1.0))
+    check.end_step(0, torch.tensor(torch.inf))
+    assert check.check() is None
 
 
 class Slow(torch.utils.data.Dataset[Tensor]):

@@ -20,11 +20,11 @@ import pytest
 import torch
 from PIL import Image
 
+from cliptteacher.checkpoint import load_checkpoint
 from cliptteacher.clip import CLIP, CLIPConfig, load_clip, save_clip, tokenize
 from cliptteacher.clip.prompts import SINGLE
 from cliptteacher.clip.tokenizer import load_tokenizer
 from cliptteacher.inference import load_segmenter
-from cliptteacher.training.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES, UNSEEN = ("grass", "sky", "brick", "water"), "water"

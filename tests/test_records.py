@@ -11,17 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from cliptteacher.distributed import Process
 from cliptteacher.training import progress as progress_module
-from cliptteacher.training import run as run_module
-from cliptteacher.training.distributed import Process
+from cliptteacher.training import records as records_module
 from cliptteacher.training.progress import Progress, format_time, peak_memory, progress_line
-from cliptteacher.training.run import (
+from cliptteacher.training.records import (
     MetricsLog,
     check_tensorboard,
     default_output,
     describe_environment,
     record_start,
-    write_json,
 )
 
 CPU = torch.device("cpu")
@@ -79,15 +78,6 @@ def test_a_foreign_line_is_dropped(tmp_path: Path, line: str) -> None:
     path.write_text(f'{{"step": 10}}\n{line}\n')
     MetricsLog(path, step=50).close()
     assert rows(path) == [{"step": 10}]
-
-
-def test_json_is_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "deep" / "config.json"
-    write_json({"crop": 64, "name": "Straße"}, path)
-    assert json.loads(path.read_text()) == {"crop": 64, "name": "Straße"}
-    with pytest.raises(TypeError):
-        write_json({"crop": torch.zeros(1)}, path)
-    assert json.loads(path.read_text())["crop"] == 64 and names(path.parent) == ["config.json"]
 
 
 # --- the progress line --------------------------------------------------------------------------
@@ -166,6 +156,18 @@ def test_the_time_left_forgets_a_slow_start(clock: Clock, tmp_path: Path) -> Non
         progress.report(done, 1.0)
     left = [row["seconds_left"] for row in rows(tmp_path / "metrics.jsonl")]
     assert left == [60 * 999, 31 * 998, 2 * 997, 2 * 996]
+
+
+def test_parts_of_a_step_are_averaged(clock: Clock, tmp_path: Path) -> None:
+    """Two steps of two parts: the mean of the four."""
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    progress = Progress(2, 0, 4, CPU, log)
+    clock.now += 1
+    for total in (1.0, 2.0, 3.0, 6.0):
+        progress.add(losses(total))
+    progress.report(2, 1.0)
+    (row,) = rows(tmp_path / "metrics.jsonl")
+    assert (row["ce"], row["total"]) == (1.5, 3.0)
 
 
 def test_other_processes_report_nothing(clock: Clock) -> None:
@@ -247,25 +249,25 @@ def test_the_commit_is_that_of_the_package(tmp_path: Path, monkeypatch: pytest.M
         command = ["git", "-C", str(tmp_path), *identity, *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
-    own = tmp_path / "package" / "run.py"
+    own = tmp_path / "package" / "records.py"
     own.parent.mkdir()
     own.write_text("first")
-    monkeypatch.setattr(run_module, "__file__", str(own))
+    monkeypatch.setattr(records_module, "__file__", str(own))
     nothing = {"commit": None, "dirty": None}
-    assert run_module._describe_commit() == nothing  # no repository
+    assert records_module._describe_commit() == nothing  # no repository
     git("init", "-q")
-    assert run_module._describe_commit() == nothing  # not in it
+    assert records_module._describe_commit() == nothing  # not in it
     git("add", ".")
     git("commit", "-qm", "one")
     (tmp_path / "notes.txt").write_text("not of the package")
-    assert run_module._describe_commit() == {"commit": git("rev-parse", "HEAD"), "dirty": False}
+    assert records_module._describe_commit() == {"commit": git("rev-parse", "HEAD"), "dirty": False}
     own.write_text("second")
-    assert run_module._describe_commit() == {"commit": git("rev-parse", "HEAD"), "dirty": True}
+    assert records_module._describe_commit() == {"commit": git("rev-parse", "HEAD"), "dirty": True}
 
 
 def test_no_git_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
-    assert run_module._describe_commit() == {"commit": None, "dirty": None}
+    assert records_module._describe_commit() == {"commit": None, "dirty": None}
 
 
 def test_a_second_start_keeps_what_the_first_wrote(tmp_path: Path) -> None:

@@ -1,0 +1,57 @@
+"""What the programs share: numbers with a range, and errors as one sentence.
+
+add("--gamma", type=number(float))                   a finite number
+add("--images", type=number(int, 1), default=6)      at least 1
+with one_sentence_errors("predict.py"):              no traceback for a refused input
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import TypeVar
+
+Number = TypeVar("Number", int, float)
+
+
+def number(
+    kind: type[Number], low: float = -math.inf, high: float = math.inf
+) -> Callable[[str], Number]:
+    """Return an argparse type: a finite number in [low, high]; anything else names that range.
+
+    >>> number(int, 1)("6")
+    6
+    """
+    noun = "a whole number" if kind is int else "a number"
+    ends = [f"at least {low:g}"] * (low > -math.inf) + [f"at most {high:g}"] * (high < math.inf)
+    range_ = " ".join((noun, " and ".join(ends))).rstrip()
+
+    def parse(text: str) -> Number:
+        with suppress(ValueError, OverflowError):
+            value = kind(text)
+            if low <= value <= high and math.isfinite(value):
+                return value
+        raise argparse.ArgumentTypeError(f"must be {range_}, got {text!r}")
+
+    return parse
+
+
+@contextmanager
+def one_sentence_errors(program: str) -> Iterator[None]:
+    """End a program with one sentence and exit code 1 where its input is refused.
+
+    Characters that the terminal cannot encode are replaced instead of ending the program.
+
+    Args:
+        program: its name, which the sentence begins with.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{program}: error: {error}") from None
