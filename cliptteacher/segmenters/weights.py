@@ -127,13 +127,14 @@ def convert_segformer_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     renamed = {_rename(key): value for key, value in state.items() if not _is_dropped(key)}
     converted: dict[str, Tensor] = {}
     for key, value in renamed.items():
-        if ".attn.qkv." in key:
+        if ".attn.qkv." in key and value.ndim:
             width = value.shape[0] // 3
             converted[key.replace(".qkv.", ".q.")] = value[:width]
             converted[key.replace(".qkv.", ".kv.")] = value[width:]
-        elif ".attn.k." in key and (partner := key.replace(".k.", ".v.")) in renamed:
-            converted[key.replace(".k.", ".kv.")] = torch.cat((value, renamed[partner]))
-        elif ".attn.v." in key and key.replace(".v.", ".k.") in renamed:
+        elif ".attn.k." in key and _is_pair(value, renamed.get(key.replace(".k.", ".v."))):
+            partner = renamed[key.replace(".k.", ".v.")]
+            converted[key.replace(".k.", ".kv.")] = torch.cat((value, partner))
+        elif ".attn.v." in key and _is_pair(value, renamed.get(key.replace(".v.", ".k."))):
             continue  # joined with its key above
         else:
             is_linear = value.ndim == 4 and value.shape[2:] == (1, 1)
@@ -206,6 +207,11 @@ def fetch(url: str) -> Path:
     return download(url, path, digest=path.stem.rsplit("-", 1)[1])
 
 
+def _is_pair(first: Tensor, second: Tensor | None) -> bool:
+    """Whether two tensors can be joined; those of a damaged file keep their names."""
+    return second is not None and first.ndim > 0 and first.shape == second.shape
+
+
 @cache
 def announce(licence: str) -> None:
     """Log a licence once a process, at a level that is shown by default."""
@@ -228,20 +234,33 @@ def _is_dropped(key: str) -> bool:
 def is_other_classifier(
     key: str, state: Mapping[str, Tensor], current: Mapping[str, Tensor]
 ) -> bool:
-    """Tell whether a tensor is the file's last layer, made for another number of outputs."""
-    is_classifier = key.startswith("head.classifier.") and key in state
-    return is_classifier and len(state[key]) != len(current[key])
+    """Whether a tensor is the file's last layer, made for another number of outputs."""
+    if not key.startswith("head.classifier.") or key not in state or not state[key].ndim:
+        return False
+    (theirs, *rest), (ours, *inputs) = state[key].shape, current[key].shape
+    return theirs not in (0, ours) and rest == inputs
 
 
 def check_fit(given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Raise one error that names the missing, the unknown and the misshapen tensors."""
+    """Raise one error that names the tensors which are missing, unknown or do not fit."""
+    common = sorted(given.keys() & expected.keys())
     problems = {
         "missing": sorted(expected.keys() - given.keys()),
         "unknown": sorted(given.keys() - expected.keys()),
         "of another shape": [
             f"{key} {tuple(given[key].shape)} for {tuple(expected[key].shape)}"
-            for key in sorted(given.keys() & expected.keys())
+            for key in common
             if given[key].shape != expected[key].shape
+        ],
+        "of another kind of numbers": [
+            f"{key} {given[key].dtype} for {expected[key].dtype}"
+            for key in common
+            if expected[key].is_floating_point() and not given[key].is_floating_point()
+        ],
+        "with numbers that are not finite": [
+            key
+            for key in common
+            if given[key].is_floating_point() and not bool(given[key].isfinite().all())
         ],
     }
     report = "; ".join(
