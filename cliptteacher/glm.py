@@ -154,7 +154,7 @@ class CLSBank(nn.Module):
         if stored is not None:  # another size or batch has another number of rows
             self.tokens = self.tokens.new_zeros(stored.shape)
             self._rows_fixed = False
-        super()._load_from_state_dict(state, prefix, *args)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(state, prefix, *args)
 
 
 class GlobalLearningModule(nn.Module):
