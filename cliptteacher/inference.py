@@ -145,7 +145,6 @@ class Predictor(nn.Module):
         H, W = images.shape[-2:]
         size = keep_ratio_size(H, W, self.resize) if self.resize else (H, W)
         if size != (H, W):
-            # Antialiased as in training: a photograph at a quarter of its size must not alias.
             images = F.interpolate(images, size, mode="bilinear", antialias=True)
         with evaluating(self.segmenter):
             return self._slide(images) if self.mode == "slide" else self._whole(images)
