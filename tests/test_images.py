@@ -250,7 +250,7 @@ def test_another_encoding_is_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_names_are_compared_composed(tmp_path: Path) -> None:
-    """macOS writes e and an accent where others write one letter; ._ files are not data."""
+    """MacOS writes e and an accent where others write one letter; ._ files are not data."""
     write_folder(tmp_path, [unicodedata.normalize("NFD", "café")])
     (tmp_path / "train.txt").write_text(unicodedata.normalize("NFC", "café"))
     (tmp_path / "images" / "._b.png").write_bytes(b"resource fork")
