@@ -1,4 +1,4 @@
-"""Write the tables of both READMEs from the JSON files of the ablations, so that none is typed.
+"""Write the tables of the pages from the JSON files of the ablations, so that none is typed.
 
     python benchmarks/evidence.py            # rewrites the blocks
     python benchmarks/evidence.py --check    # exit status 1 where a block is not what the files say
@@ -18,21 +18,20 @@ against `full`:
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
+import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cliptteacher.evaluation import SCORES
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
-from ablation_report import number, verdict, weights_of  # noqa: E402
-
-from cliptteacher.evaluation import SCORES  # noqa: E402
-
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
+PAGES = (ROOT / "README.md", *sorted((ROOT / "benchmarks").glob("**/*.md")))
 BLOCK = re.compile(
     r"(?P<first><!-- evidence: (?P<files>[\w ]+?)(?:; rows: (?P<rows>[\w .]+?))?"
     r"(?P<short>; scores only)?(?:; (?P<what>changes|scores) of (?P<row>\w+))? -->\n)"
@@ -63,15 +62,16 @@ def filled(block: re.Match[str]) -> str:
     if block["row"]:
         lines = settings_table(files, block["row"], changes=block["what"] == "changes")
     else:
-        lines = table(files, names, compare=block["short"] is None)
+        lines = rows_table([read(file) for file in files], names, compare=block["short"] is None)
     return "\n".join([block["first"], *lines, "", block["last"]])
 
 
-def table(files: Sequence[str], names: Sequence[str] | None, *, compare: bool) -> list[str]:
-    """Finished rows of several ablations with one base; one that stands in two comes once."""
+def rows_table(
+    contents: Sequence[dict[str, Any]], names: Sequence[str] | None, *, compare: bool
+) -> list[str]:
+    """Finished rows of ablations with one base; a row that is in two of them comes once."""
     found: dict[str, list[str]] = {}
-    for file in files:
-        content = read(file)
+    for content in contents:
         for row in content["rows"]:
             if row["hIoU"]["mean"] is not None:
                 found.setdefault(row["row"], cells(row, content, compare))
@@ -144,6 +144,34 @@ def cells(row: dict[str, Any], content: dict[str, Any], compare: bool) -> list[s
         line += [number(change, signed=True), "-" if paper is None else f"{paper:+.1f}"]
         line.append(verdict(paper, change) or "-")
     return line
+
+
+def number(values: Sequence[float], signed: bool = False) -> str:
+    """Write mean and sample standard deviation, "-" without a value."""
+    if not values:
+        return "-"
+    text = f"{statistics.fmean(values):{'+' if signed else ''}.1f}"
+    return f"{text} ± {statistics.stdev(values):.1f}" if len(values) > 1 else text
+
+
+def verdict(paper: float | None, changes: Sequence[float]) -> str:
+    """Compare the sign of a change, one value a seed, with that in the paper."""
+    if not changes:
+        return ""
+    mean = statistics.fmean(changes)
+    if len(changes) > 1 and abs(mean) <= statistics.stdev(changes):
+        return "within the spread"
+    sign = (mean > 0) - (mean < 0)
+    if paper is None:
+        return f"{'-0+'[sign + 1]}, not in the paper"
+    same = sign == (paper > 0) - (paper < 0)
+    return ("same sign" if same else "other sign") + ("" if len(changes) > 1 else ", one seed")
+
+
+def weights_of(settings: Mapping[str, Any]) -> list[str]:
+    """The weights of terms that were given to all rows, as flags."""
+    pairs = itertools.pairwise(settings["more"])
+    return [f"{flag} {value}" for flag, value in pairs if flag.endswith("-weight")]
 
 
 if __name__ == "__main__":
