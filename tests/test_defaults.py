@@ -93,7 +93,10 @@ ROOMS = [
     (tokenizer.tokenize, {"context_length": 77, "truncate": False}),
     (prompts.class_prompts, {"templates": "single"}),
     (prompts.class_text_features, {"templates": "single"}),
-    (CLIPConfig.from_state_dict, {"activation": "quick_gelu"}),
+    (
+        CLIPConfig.from_state_dict,
+        {"activation": "quick_gelu", "vision_heads": None, "text_heads": None},
+    ),
     (
         CLIPConfig,  # ViT-B/16
         {
@@ -107,6 +110,8 @@ ROOMS = [
             "text_width": 512,
             "text_layers": 12,
             "activation": "quick_gelu",
+            "vision_heads": None,
+            "text_heads": None,
         },
     ),
     # The default schedule of the toolbox that the paper names
