@@ -7,17 +7,15 @@ Section 3.4 of arXiv:2310.02296v1. CLIP's image encoder takes no part:
     logits  += gamma on the unseen columns
     labels   = argmax over A of logits, bilinear to the original size
 
-The logits are upsampled, not the features: no tensor has C channels at full size. Sliding windows
-have 512 pixels every 426, the last one aligned to the border; overlapping logits are averaged.
-
-Cost: one forward pass of the student, plus A channels at the size of the image.
+Projecting to the A classes comes before upsampling: the C channels never exist at full size.
+Cost: one pass of the student, plus A channels at the size of the image.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,14 +24,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checkpoint import load_checkpoint, save_student, student_content
-from .clip import CLIP, class_text_features, load_clip
-from .clip.prompts import spell_class_name, unread_words
-from .data.images import ImageLike, to_image
+from .clip import CLIP, DenseTokens, class_text_features, load_clip
+from .clip.prompts import Templates, spell_class_name, unread_words
+from .data.images import ImageLike, to_batch, to_image
 from .data.transforms import keep_ratio_size
 from .logits import Similarity, pixel_logits, upsample, upsampled_argmax
 from .segmenters import build_segmenter
 from .segmenters.padding import features_of_multiple
 from .segmenters.student import evaluating
+from .sliding import check_windows, slide
 
 Mode = Literal["whole", "slide"]
 
@@ -81,7 +80,10 @@ class Predictor(nn.Module):
     ) -> None:
         super().__init__()
         _check_classes(text_features, unseen)
-        _check_settings(similarity, mode, window, stride, window_batch, size_divisor)
+        _check_modes(similarity, mode)
+        check_windows(window, stride, window_batch)
+        if size_divisor < 1:
+            raise ValueError(f"`size_divisor` must be at least 1, got {size_divisor}")
         self.segmenter, self.unseen = segmenter, tuple(unseen)
         self.similarity: Similarity = similarity
         self.mode, self.logit_scale = mode, logit_scale
@@ -140,8 +142,8 @@ class Predictor(nn.Module):
         return labels if image.ndim == 4 else labels.squeeze(1)
 
     def _resized_logits(self, image: Tensor) -> Tensor:
-        """Return logits (B, A, h, w) at the resolution of the student, or of the image for "slide"."""
-        images = _as_batch(image).to(self.text_features.device)
+        """Return logits (B, A, h, w), of whatever size the network works at."""
+        images = to_batch(image).to(self.text_features.device)
         H, W = images.shape[-2:]
         size = keep_ratio_size(H, W, self.resize) if self.resize else (H, W)
         if size != (H, W):
@@ -155,28 +157,19 @@ class Predictor(nn.Module):
         return logits.float() + self.bonus[:, None, None]
 
     def _slide(self, images: Tensor) -> Tensor:
-        """Average the logits of overlapping windows of one size; (B, A, H, W)."""
-        B, _, H, W = images.shape
-        height, width = min(self.window, H), min(self.window, W)
-        tops, lefts = window_starts(H, height, self.stride), window_starts(W, width, self.stride)
-        corners = list(product(tops, lefts))
-        total = images.new_zeros(B, len(self.text_features), H, W)
-        count = images.new_zeros(H, W)
-        for first in range(0, len(corners), self.window_batch):
-            chunk = corners[first : first + self.window_batch]
-            windows = [images[:, :, y : y + height, x : x + width] for y, x in chunk]
-            logits = upsample(self._whole(torch.cat(windows)), (height, width))
-            for (y, x), part in zip(chunk, logits.chunk(len(chunk)), strict=True):
-                total[:, :, y : y + height, x : x + width] += part
-                count[y : y + height, x : x + width] += 1
-        return total / count
+        """Return the averaged logits of overlapping windows, (B, A, H, W)."""
+
+        def predict(windows: Tensor) -> Tensor:
+            return upsample(self._whole(windows), windows.shape[-2:])
+
+        return slide(predict, images, self.window, self.stride, self.window_batch)
 
 
 @dataclass(frozen=True)
 class TrainedSegmenter:
     """A trained student with its words: ``segment(image)`` gives a label map.
 
-    `load_segmenter` makes it. It predicts on the device of its student.
+    Made by `load_segmenter`; predicts on the device of its student.
 
     Args:
         segmenter: student, in eval mode, images (B, 3, H, W) in [0, 1] -> features (B, C, h, w).
@@ -213,7 +206,11 @@ class TrainedSegmenter:
             Labels, int64 (H, W), on the device of the student.
         """
         student = self if words is None else self.with_words(words, clip)
-        return student.predictor()(to_image(image))
+        if student.unread:
+            words = ", ".join(student.unread)
+            warnings.warn(f"the CLIP never read {words}: no prediction of it counts", stacklevel=2)
+        labels: Tensor = student.predictor()(to_image(image))
+        return labels
 
     def predictor(self, **settings: Any) -> Predictor:
         """Return a `Predictor` of these classes; `settings` replace its arguments.
@@ -248,7 +245,7 @@ class TrainedSegmenter:
         else:
             teacher = self._load_teacher(clip)
             text = class_text_features(teacher, words, self.checkpoint.get("templates", "single"))
-            unread = tuple(unread_words(teacher, words))
+            unread = unread_words(teacher, words)
         seen = {key for key, k in known.items() if k not in self.unseen}
         unseen = tuple(k for k, key in enumerate(keys) if key not in seen)
         return replace(
@@ -301,13 +298,7 @@ def load_segmenter(path: str | Path, segmenter: nn.Module | None = None) -> Trai
     """
     content = load_checkpoint(path)
     weights, name = content.pop("segmenter"), content["segmenter_name"]
-    if segmenter is None:
-        if name is None:
-            raise ValueError(
-                f"the student in {path} was not made by build_segmenter; pass the network it was "
-                "trained in as `segmenter`"
-            )
-        segmenter = build_segmenter(name, content["channels"], **content["segmenter_options"])
+    segmenter = _rebuild(content, path) if segmenter is None else segmenter
     try:
         segmenter.load_state_dict(weights)
     except RuntimeError as error:  # torch lists every tensor; the first says enough
@@ -329,34 +320,42 @@ def load_segmenter(path: str | Path, segmenter: nn.Module | None = None) -> Trai
     )
 
 
-def window_starts(length: int, window: int, stride: int) -> list[int]:
-    """Return where windows begin along one side; the last one ends at the border.
+def clip_segmenter(
+    clip: CLIP, names: Sequence[str], templates: Templates = "single"
+) -> TrainedSegmenter:
+    """Let CLIP segment alone, by its dense tokens against the text features, without training.
 
-    >>> window_starts(1000, 512, 426)
-    [0, 426, 488]
+    Args:
+        clip: the teacher.
+        names: what labels 0, 1, ... shall mean.
+        templates: prompts of the names.
     """
-    last = max(length - window, 0)
-    return [*range(0, last, stride), last]
+    return TrainedSegmenter(
+        segmenter=DenseTokens(clip).eval(),
+        class_names=tuple(names),
+        unseen=(),
+        text_features=class_text_features(clip, names, templates),
+        settings={"gamma": 0.0, "similarity": "cosine"},
+        checkpoint={"segmenter_name": "dense tokens", "step": 0},
+        unread=unread_words(clip, names),
+    )
 
 
-def _as_batch(image: Tensor) -> Tensor:
-    """Return images as float (B, 3, H, W) in [0, 1]."""
-    if image.ndim not in (3, 4) or image.shape[-3] != 3:
+def _rebuild(content: dict[str, Any], path: str | Path) -> nn.Module:
+    """Build the student again that `build_segmenter` built for training."""
+    name = content["segmenter_name"]
+    if name is None:
         raise ValueError(
-            f"`image` must have shape (3, H, W) or (B, 3, H, W), got {tuple(image.shape)}; "
-            "channels come before height and width"
+            f"the student in {path} was not built by build_segmenter; pass the network that it "
+            "was trained in: load_segmenter(path, segmenter=network)"
         )
-    images = image if image.ndim == 4 else image.unsqueeze(0)
-    if images.dtype == torch.uint8:
-        return images.float() / 255
-    if not images.is_floating_point():
-        raise ValueError(f"`image` must be uint8, or float in [0, 1], got {images.dtype}")
-    if float(images.max()) > 2:  # bicubic resizing may overshoot 1 a little
+    try:
+        return build_segmenter(name, content["channels"], **content["segmenter_options"])
+    except (TypeError, ValueError) as error:
         raise ValueError(
-            f"a float `image` must lie in [0, 1], got a maximum of {float(images.max()):g}; "
-            "divide by 255 and leave normalisation to the network"
-        )
-    return images
+            f"the student in {path} cannot be built again: {error}; pass the network that it was "
+            "trained in: load_segmenter(path, segmenter=network)"
+        ) from error
 
 
 def _check_classes(text_features: Tensor, unseen: Sequence[int]) -> None:
@@ -372,18 +371,8 @@ def _check_classes(text_features: Tensor, unseen: Sequence[int]) -> None:
         )
 
 
-def _check_settings(
-    similarity: str, mode: str, window: int, stride: int, window_batch: int, size_divisor: int
-) -> None:
+def _check_modes(similarity: str, mode: str) -> None:
     if similarity not in ("dot", "cosine"):
         raise ValueError(f'`similarity` must be "dot" or "cosine", got {similarity!r}')
     if mode not in ("whole", "slide"):
         raise ValueError(f'`mode` must be "whole" or "slide", got {mode!r}')
-    if not 1 <= stride <= window:
-        raise ValueError(
-            f"`stride` must lie in 1..window, got stride {stride} for windows of {window} pixels; "
-            "a larger one leaves gaps"
-        )
-    for name, value in (("window_batch", window_batch), ("size_divisor", size_divisor)):
-        if value < 1:
-            raise ValueError(f"`{name}` must be at least 1, got {value}")

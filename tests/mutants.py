@@ -448,7 +448,6 @@ FILES = [
     ("half-written file left", "                temporary.unlink()\n", "                pass\n"),
     ("one temporary name", "-{next(_NUMBERS)}", ""),
     ("a pipe replaced", "if path.exists() and not path.is_file():", "if False:"),
-    ("a folder found out at the end", "        if path.is_dir():\n", "        if False:\n"),
     ("reasons of torch lost", "    while error is not None and not isinstance(error, OSError):\n        error = error.__context__\n", "    error = error if isinstance(error, OSError) else None\n"),
     ("errors about other files taken", "isinstance(named, str) and Path(named) in ours", "True"),
     ("hash not compared", "if not found.startswith(digest):", "if False:"),

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from cliptteacher.data.transforms import resize_keep_ratio
 from cliptteacher.inference import (
     Predictor,
-    window_starts,
 )
 from cliptteacher.logits import pixel_logits
+from cliptteacher.sliding import window_starts
 
 
 class Student(nn.Module):
