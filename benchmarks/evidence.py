@@ -19,11 +19,11 @@ changes against `full`; and hIoU of several experiments, each a column, beside t
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import re
 import statistics
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,11 @@ Content = dict[str, Any]  # a JSON file of an ablation
 
 
 def main() -> None:
-    check = "--check" in sys.argv
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    check = parser.parse_args().check
     stale = [page for page in PAGES if BLOCK.sub(filled, page.read_text()) != page.read_text()]
     for page in stale if not check else ():
         page.write_text(BLOCK.sub(filled, page.read_text()))
