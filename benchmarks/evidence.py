@@ -66,7 +66,7 @@ def filled(block: re.Match[str]) -> str:
     elif kind == "beside the paper":
         lines = beside_the_paper(groups, rows)
     else:
-        lines = score_table(groups[0], rows, compare=not kind)
+        lines = rows_table(groups[0], rows, compare=not kind)
     return "\n".join([block["first"], *lines, "", block["last"]])
 
 
@@ -74,7 +74,7 @@ def read(file: str) -> Content:
     return dict(json.loads((RESULTS / f"{file}.json").read_text()))
 
 
-def score_table(
+def rows_table(
     contents: Sequence[Content], names: Sequence[str] | None, *, compare: bool
 ) -> list[str]:
     """Finished rows of ablations with one base: scores and, if asked, the change of hIoU."""
