@@ -138,8 +138,9 @@ def found_rows(
 
 
 def finished(content: Content, name: str) -> list[dict[str, float]]:
-    """The scores of the finished runs of a row."""
-    return [run["scores"] for run in content["runs"] if run["row"] == name and run["scores"]]
+    """The scores of the finished runs of a row, if all of them are defined."""
+    runs = [run["scores"] for run in content["runs"] if run["row"] == name and run["scores"]]
+    return [scores for scores in runs if None not in scores.values()]
 
 
 def change_of(row: Content, content: Content) -> list[float]:

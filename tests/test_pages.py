@@ -42,18 +42,19 @@ def commands_of(text: str) -> Iterator[list[str]]:
 
 @functools.cache
 def flags_of(program: str) -> frozenset[str]:
-    """Read the flags from the help of a program, in this process: a start costs seconds."""
+    """Read the flags from the usage of a program, in this process: a start costs seconds."""
     path = ROOT / program
-    search = [str(path.parent), *sys.path]
     with (
         mock.patch.object(sys, "argv", [program, *HELP.get(program, ["--help"])]),
-        mock.patch.object(sys, "path", search),
+        mock.patch.object(sys, "path", [str(path.parent), *sys.path]),
+        mock.patch("signal.signal"),
         contextlib.redirect_stdout(io.StringIO()) as text,
         pytest.raises(SystemExit) as ended,
     ):
         runpy.run_path(str(path), run_name="__main__")
     assert not ended.value.code, program
-    return frozenset(re.findall(r"--[a-z][a-z0-9-]*", text.getvalue()))
+    usage = text.getvalue().split("\n\n")[0]  # examples follow, which may name other flags
+    return frozenset(re.findall(r"--[a-z][a-z0-9-]*", usage))
 
 
 def unknown_flags(command: list[str]) -> set[str]:
@@ -66,7 +67,6 @@ def unknown_flags(command: list[str]) -> set[str]:
 
 
 def flags_in(words: list[str]) -> set[str]:
-    """The names of the flags; `--no-x` stands in the help beside `--x`."""
     return {word.split("=")[0] for word in words if word.startswith("--")}
 
 
@@ -82,9 +82,9 @@ def test_links_lead_somewhere(page: Path) -> None:
     text = FENCE.sub("", page.read_text())
     missing = []
     for link in re.findall(r"\]\(([^)\s]+)\)", text):
-        name, _, anchor = link.partition("#")
         if "://" in link:
             continue
+        name, _, anchor = link.partition("#")
         target = (page.parent / name) if name else page
         if not target.exists() or (anchor and anchor not in anchors_of(target)):
             missing.append(link)
