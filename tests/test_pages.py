@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import io
+import itertools
 import re
 import runpy
 import shlex
@@ -36,7 +37,7 @@ def commands_of(text: str) -> Iterator[list[str]]:
         for line in body.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True) if PROGRAM.search(line) else []
             starts = [i for i, word in enumerate(words) if PROGRAM.fullmatch(word)]
-            for start, end in zip(starts, [*starts[1:], len(words)], strict=bool(starts)):
+            for start, end in itertools.pairwise([*starts, len(words)]):
                 yield words[start:end]
 
 
