@@ -33,7 +33,7 @@ from typing import Any
 
 import torch
 from ablation_rows import BASES, CLIP_DENSE, TABLES, AblationRow, select_rows
-from evidence import finished, score_table, setting
+from evidence import finished, rows_table, setting
 
 from cliptteacher.command_line import number, one_sentence_errors
 from cliptteacher.distributed import Process
@@ -344,11 +344,11 @@ def report(
         f"`{environment['command']}`; {environment['date'][:10]}, commit {environment['commit']}, "
         f"torch {environment['torch']}, one thread a run. Percent, mean ± standard deviation. The "
         "paper's rows: SegFormer-B0 on PASCAL Context, 20,000 iterations.\n",
-        *score_table([content], None, compare=True),
+        *rows_table([content], None, compare=True),
     ]
     if own:
         lines += ["\n## At the gamma that the validation split chooses for each run\n"]
-        lines += score_table([{**content, "rows": content["calibrated"]}], None, compare=True)
+        lines += rows_table([{**content, "rows": content["calibrated"]}], None, compare=True)
     missing = [run for run in content["runs"] if run["problem"]]
     lines += ["\n## Without a result\n"] if missing else []
     lines += [f"- {run['row']} seed {run['seed']}: {run['problem']}" for run in missing]
