@@ -15,6 +15,7 @@ Module. A row with ``checkpoints_of`` trains nothing: it evaluates the students 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -146,6 +147,24 @@ TABLES: dict[str, tuple[AblationRow, ...]] = {
     "windows": _WINDOWS,
     "main": tuple(_BY_NAME[name] for name in _MAIN),
 }
+
+
+def calibrated(rows: Iterable[AblationRow]) -> tuple[AblationRow, ...]:
+    """The students of all rows that train, each at the gamma that is best on validation scenes.
+
+    Rows differ in the size of their logits: one gamma for all favours the row it was chosen for.
+    """
+    return tuple(
+        AblationRow(
+            f"{row.name}@val",
+            f"{row.title}, own gamma",
+            row.paper,
+            checkpoints_of=row.name,
+            calibrate_on="val",
+        )
+        for row in rows
+        if row.checkpoints_of is None and row.name != CLIP_DENSE
+    )
 
 
 def select_rows(table: str | None, names: list[str] | None = None) -> tuple[AblationRow, ...]:

@@ -12,23 +12,25 @@ image, of the pixels that have no label at all, which the module groups too.
 
 from __future__ import annotations
 
+import runpy
 import sys
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-import train
-
+import cliptteacher.data
+import cliptteacher.framework
+from cliptteacher import IGNORE_INDEX
 from cliptteacher.data import SeenOnly
-from cliptteacher.data.splits import IGNORE_INDEX, SegmentationDataset
+from cliptteacher.data.splits import SegmentationDataset
 from cliptteacher.framework import CLIPTeacher
 from cliptteacher.plm import NO_LABEL, PixelTargets, merge_labels, resize_nearest
 
 HIDDEN = 200  # labels from here on are the unseen classes; augmentation sees them, which is a leak
 SLOTS = IGNORE_INDEX - HIDDEN
 KINDS = ("image", "class", "ground")
+TRAIN = Path(__file__).resolve().parents[1] / "examples" / "train.py"
 
 
 class HiddenLabels(SeenOnly):
@@ -47,7 +49,7 @@ class OracleTeacher(CLIPTeacher):
 
     kind = "image"
 
-    def forward(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def forward(self, images: Tensor, labels: Tensor, parts: int = 1) -> dict[str, Tensor]:
         is_hidden = (labels >= HIDDEN) & (labels != IGNORE_INDEX)
         hidden = torch.where(is_hidden, labels.long() - HIDDEN, NO_LABEL)
 
@@ -56,22 +58,27 @@ class OracleTeacher(CLIPTeacher):
         ) -> PixelTargets:
             groups = resize_nearest(resize_nearest(hidden, (dense.shape[2], dense.shape[3])), size)
             near_labels = resize_nearest(seen_labels, size)
-            slots = self.plm.slots or SLOTS
+            slots = self.plm.config.potential_slots or SLOTS
             ids = merge_labels(near_labels, groups, num_seen, slots)
             if self.kind == "class":  # in every image the ids of the first
                 ids = torch.where(ids < num_seen, ids, num_seen + (ids - num_seen) % slots)
             return PixelTargets(ids, slots)
 
         self.plm.make_targets = perfect_targets
-        return super().forward(images, labels.masked_fill(is_hidden, IGNORE_INDEX))
+        return super().forward(images, labels.masked_fill(is_hidden, IGNORE_INDEX), parts)
 
 
 def main() -> None:
-    if len(sys.argv) < 2 or sys.argv[1] not in KINDS:
+    if {"-h", "--help"} & set(sys.argv[1:2]):
+        print(__doc__)
+        return
+    if sys.argv[1:2] not in [[kind] for kind in KINDS]:
         raise SystemExit(f"the first argument must be one of {', '.join(KINDS)}")
-    OracleTeacher.kind = sys.argv[1]
-    train.SeenOnly, train.CLIPTeacher = HiddenLabels, OracleTeacher
-    train.main(sys.argv[2:])
+    OracleTeacher.kind = sys.argv.pop(1)
+    # The names that train.py imports from the package; it runs as it is.
+    cliptteacher.data.SeenOnly = HiddenLabels  # type: ignore[misc]
+    cliptteacher.framework.CLIPTeacher = OracleTeacher  # type: ignore[misc]
+    runpy.run_path(str(TRAIN), run_name="__main__")
 
 
 if __name__ == "__main__":
