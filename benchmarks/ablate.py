@@ -232,7 +232,7 @@ def make_run(args: argparse.Namespace, row: AblationRow, seed: int, source: Run 
     if source is None:
         expected |= {name: config[name] for name in ("clip", "data", "root")}
         expected["resize"] = config["eval_resize"]  # that of the students
-        command = ["--clip-dense", "--templates", config["templates"]]
+        command = ["--clip-only", "--templates", config["templates"]]
     elif row.calibrate_on:
         expected |= {"checkpoint": str(source.folder), "calibrated_on": row.calibrate_on}
         command = ["--calibrate", row.calibrate_on]

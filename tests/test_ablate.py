@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from cliptteacher.training.ablations import CLIP_DENSE, LITERAL, TABLES, AblationRow, select_rows
 from PIL import Image
 from test_programs import NAMES, UNSEEN, tiny_clip, write_dataset
 
 from cliptteacher.clip import save_clip
-from cliptteacher.training.ablations import CLIP_DENSE, LITERAL, TABLES, AblationRow, select_rows
 from cliptteacher.training.paper_recipes import PAPER_ROWS
 
 ROOT = Path(__file__).resolve().parents[1]

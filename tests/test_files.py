@@ -99,14 +99,15 @@ def test_the_bytes_are_on_the_disk_before_the_rename(
     assert calls[3:] == ["replace"]
 
 
-def test_threads_that_write_one_file_do_not_mix(tmp_path: Path) -> None:
-    texts = [str(n) * 50_000 for n in range(8)]
-    threads = [threading.Thread(target=write_text, args=(t, tmp_path / "a")) for t in texts]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert (tmp_path / "a").read_text() in texts and len(list(tmp_path.iterdir())) == 1
+def test_two_writers_of_one_file_do_not_mix(tmp_path: Path) -> None:
+    with write_whole(tmp_path / "a") as first:
+        first.write(b"first, ")
+        with write_whole(tmp_path / "a") as second:  # as another thread would
+            second.write(b"second")
+        assert (tmp_path / "a").read_bytes() == b"second"
+        first.write(b"and the last to end")
+    assert (tmp_path / "a").read_bytes() == b"first, and the last to end"
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_names_up_to_the_limit_of_the_system(tmp_path: Path) -> None:
@@ -117,10 +118,12 @@ def test_names_up_to_the_limit_of_the_system(tmp_path: Path) -> None:
 def test_a_pipe_is_written_and_not_replaced(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     read: list[str] = []
-    thread = threading.Thread(target=lambda: read.append((tmp_path / "pipe").read_text()))
+    thread = threading.Thread(
+        target=lambda: read.append((tmp_path / "pipe").read_text()), daemon=True
+    )
     thread.start()
     write_text("through", tmp_path / "pipe")
-    thread.join()
+    thread.join(10)
     assert read == ["through"] and stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
 
 

@@ -85,6 +85,10 @@ _RENAMINGS = (
 _DROPPED = re.compile(r"(?:head|classifier)\.(?:weight|bias)|decode_head\.conv_seg\..*")
 
 
+class MisfitError(ValueError):
+    """Weights that are not those of the model; raised without the name of their file."""
+
+
 def read_segformer_weights(name: str, source: str | Path) -> dict[str, Tensor]:
     """Read the weights of a SegFormer and give its tensors the names of `Segformer`.
 
@@ -127,13 +131,14 @@ def convert_segformer_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     renamed = {_rename(key): value for key, value in state.items() if not _is_dropped(key)}
     converted: dict[str, Tensor] = {}
     for key, value in renamed.items():
-        if ".attn.qkv." in key:
+        if ".attn.qkv." in key and value.ndim:
             width = value.shape[0] // 3
             converted[key.replace(".qkv.", ".q.")] = value[:width]
             converted[key.replace(".qkv.", ".kv.")] = value[width:]
-        elif ".attn.k." in key and (partner := key.replace(".k.", ".v.")) in renamed:
-            converted[key.replace(".k.", ".kv.")] = torch.cat((value, renamed[partner]))
-        elif ".attn.v." in key and key.replace(".v.", ".k.") in renamed:
+        elif ".attn.k." in key and _is_pair(value, renamed.get(key.replace(".k.", ".v."))):
+            partner = renamed[key.replace(".k.", ".v.")]
+            converted[key.replace(".k.", ".kv.")] = torch.cat((value, partner))
+        elif ".attn.v." in key and _is_pair(value, renamed.get(key.replace(".v.", ".k."))):
             continue  # joined with its key above
         else:
             is_linear = value.ndim == 4 and value.shape[2:] == (1, 1)
@@ -206,6 +211,16 @@ def fetch(url: str) -> Path:
     return download(url, path, digest=path.stem.rsplit("-", 1)[1])
 
 
+def _is_pair(first: Tensor, second: Tensor | None) -> bool:
+    """Whether two tensors can be joined; those of a damaged file keep their names."""
+    return (
+        second is not None
+        and first.ndim > 0
+        and first.shape == second.shape
+        and first.dtype == second.dtype
+    )
+
+
 @cache
 def announce(licence: str) -> None:
     """Log a licence once a process, at a level that is shown by default."""
@@ -228,20 +243,36 @@ def _is_dropped(key: str) -> bool:
 def is_other_classifier(
     key: str, state: Mapping[str, Tensor], current: Mapping[str, Tensor]
 ) -> bool:
-    """Tell whether a tensor is the file's last layer, made for another number of outputs."""
-    is_classifier = key.startswith("head.classifier.") and key in state
-    return is_classifier and len(state[key]) != len(current[key])
+    """Whether a tensor is the file's last layer, made for another number of outputs."""
+    layer = key.rpartition(".")[0]
+    weight, bias = f"{layer}.weight", f"{layer}.bias"
+    if not layer.startswith("head.classifier") or not {key, weight, bias} <= state.keys():
+        return False
+    theirs, ours = state[weight].shape, current[weight].shape
+    other = theirs[1:] == ours[1:] and theirs[:1] != ours[:1] and theirs.numel() > 0
+    return other and state[bias].shape == theirs[:1]
 
 
 def check_fit(given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Raise one error that names the missing, the unknown and the misshapen tensors."""
+    """Raise one error that names the tensors which are missing, unknown or do not fit."""
+    common = sorted(given.keys() & expected.keys())
     problems = {
         "missing": sorted(expected.keys() - given.keys()),
         "unknown": sorted(given.keys() - expected.keys()),
         "of another shape": [
             f"{key} {tuple(given[key].shape)} for {tuple(expected[key].shape)}"
-            for key in sorted(given.keys() & expected.keys())
+            for key in common
             if given[key].shape != expected[key].shape
+        ],
+        "of another kind of numbers": [
+            f"{key} {given[key].dtype} for {expected[key].dtype}"
+            for key in common
+            if expected[key].is_floating_point() and not given[key].is_floating_point()
+        ],
+        "with numbers that are not finite": [
+            key
+            for key in common
+            if given[key].is_floating_point() and not bool(given[key].isfinite().all())
         ],
     }
     report = "; ".join(
@@ -250,7 +281,7 @@ def check_fit(given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> No
         if names
     )
     if report:
-        raise ValueError(
+        raise MisfitError(
             f"the weights must fit the model tensor by tensor, got {report}; "
             "check the name of the segmenter and its options"
         )
