@@ -15,6 +15,7 @@ from __future__ import annotations
 import runpy
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -69,16 +70,15 @@ class OracleTeacher(CLIPTeacher):
 
 
 def main() -> None:
-    if {"-h", "--help"} & set(sys.argv[1:2]):
-        print(__doc__)
-        return
     if sys.argv[1:2] not in [[kind] for kind in KINDS]:
-        raise SystemExit(f"the first argument must be one of {', '.join(KINDS)}")
+        print(__doc__)
+        raise SystemExit("--help" not in sys.argv)
     OracleTeacher.kind = sys.argv.pop(1)
-    # The names that train.py imports from the package; it runs as it is.
-    cliptteacher.data.SeenOnly = HiddenLabels  # type: ignore[misc]
-    cliptteacher.framework.CLIPTeacher = OracleTeacher  # type: ignore[misc]
-    runpy.run_path(str(TRAIN), run_name="__main__")
+    with (  # train.py runs as it is, with other classes in the package
+        patch.object(cliptteacher.data, "SeenOnly", HiddenLabels),
+        patch.object(cliptteacher.framework, "CLIPTeacher", OracleTeacher),
+    ):
+        runpy.run_path(str(TRAIN), run_name="__main__")
 
 
 if __name__ == "__main__":
