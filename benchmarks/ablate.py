@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
         rows += calibrated(rows) if args.calibrate else ()
         runs = plan(args, rows)
     environment = describe_environment(Process(0, 0, 1, torch.device("cpu")))
-    unique = list({id(run): run for run in runs.values()}.values())
+    unique = list({id(run): run for by_seed in runs.values() for run in by_seed.values()}.values())
     if not args.only_report:
         for trains in (True, False):  # an evaluation needs the student of another run
             execute([run for run in unique if run.trains is trains], args.jobs, environment)
@@ -206,18 +206,20 @@ class Run:
         }
 
 
-def plan(args: argparse.Namespace, rows: Sequence[AblationRow]) -> dict[tuple[str, int], Run]:
-    """Make a run of every row and seed; those that ask for the same thing share one."""
-    runs: dict[tuple[str, int], Run] = {}
-    for seed in range(
-        args.seed_start, args.seed_start + args.seeds
-    ):  # a whole table, then the next
+Runs = dict[str, dict[int, Run]]  # row -> seed -> run
+
+
+def plan(args: argparse.Namespace, rows: Sequence[AblationRow]) -> Runs:
+    """Make a run of every row and seed; those that ask for the same thing are one."""
+    runs: Runs = {row.name: {} for row in rows}
+    unique: list[Run] = []
+    for seed in range(args.seed_start, args.seed_start + args.seeds):  # all rows, then the next
         for row in rows:
-            source = runs[row.checkpoints_of, seed] if row.checkpoints_of else None
-            run = make_run(args, row, seed, source)
-            runs[row.name, seed] = next(
-                (r for r in runs.values() if r.expected == run.expected), run
-            )
+            source = runs[row.checkpoints_of][seed] if row.checkpoints_of else None
+            asked = make_run(args, row, seed, source)
+            run = next((run for run in unique if run.expected == asked.expected), asked)
+            unique += [run] if run is asked else []
+            runs[row.name][run.seed] = run
     return runs
 
 
@@ -285,8 +287,7 @@ def execute(runs: Sequence[Run], jobs: int, environment: dict[str, Any]) -> None
             for run in [r for r in running if r.process and r.process.poll() is not None]:
                 running.remove(run)
                 run.end(environment)
-                how = "failed" if run.problem else f"done: hIoU {(run.scores() or {})['hIoU']:.1f}"
-                left = len(waiting) + len(running)
+                how, left = "failed" if run.problem else "done", len(waiting) + len(running)
                 print(f"{run.name} {how}, {left} runs left", flush=True)
     finally:  # train.py answers SIGTERM with a checkpoint, so that the run can be resumed
         for run in running:
@@ -296,28 +297,19 @@ def execute(runs: Sequence[Run], jobs: int, environment: dict[str, Any]) -> None
             run.end(environment)
 
 
-def report(
-    rows: Sequence[AblationRow],
-    runs: dict[tuple[str, int], Run],
-    settings: dict[str, Any],
-    output: Path,
-) -> str:
+def report(rows: Sequence[AblationRow], runs: Runs, settings: dict[str, Any], output: Path) -> str:
     """Write table.md, table.json and chart.png; returns the Markdown."""
-    found = {
-        row.name: {r.seed: r for (name, _), r in runs.items() if name == row.name} for row in rows
-    }
     content = {
         "table": settings["table"],
         "settings": {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()},
-        "rows": [summarise(row, found) for row in rows],
-        "runs": [run.summary(name) for name, by_seed in found.items() for run in by_seed.values()],
+        "rows": [summarise(row, runs) for row in rows],
+        "runs": [run.summary(name) for name, by_seed in runs.items() for run in by_seed.values()],
     }
-    environment, title = (
-        settings["environment"],
-        f"{settings['table'] or 'rows'}, {setting(settings)}",
-    )
+    environment = settings["environment"]
+    name = f"Table {settings['table']}" if settings["table"] else "Rows"
+    title = f"{name}, {setting(settings)}"
     lines = [
-        f"# Table {title}\n",
+        f"# {title}\n",
         f"`{environment['command']}`; {environment['date'][:10]}, commit {environment['commit']}, "
         f"torch {environment['torch']}, one thread a run. Percent, mean ± standard deviation. The "
         "paper's rows: SegFormer-B0 on PASCAL Context, 20,000 iterations.\n",
@@ -325,7 +317,8 @@ def report(
     ]
     missing = [run for run in content["runs"] if run["problem"]]
     lines += ["\n## Without a result\n"] if missing else []
-    lines += [f"- {run['row']} seed {run['seed']}: {run['problem']}" for run in missing]
+    for run in missing:
+        lines.append(f"- {run['row']} seed {run['seed']}: {run['problem'].splitlines()[0]}")
     text = "\n".join(lines) + "\n"
     write_text(text, output / "table.md")
     write_json(content, output / "table.json")
@@ -333,7 +326,7 @@ def report(
     return text
 
 
-def summarise(row: AblationRow, runs: dict[str, dict[int, Run]]) -> dict[str, Any]:
+def summarise(row: AblationRow, runs: Runs) -> dict[str, Any]:
     """Mean, sample standard deviation and changes against ``full``, seed by seed."""
     base = "full@val" if row.calibrate_on else "full"
     own, full = (

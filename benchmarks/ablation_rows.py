@@ -16,7 +16,7 @@ Module. A row with ``checkpoints_of`` trains nothing: it evaluates the students 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cliptteacher.training.paper_recipes import PAPER_ROWS, Scores
@@ -154,16 +154,10 @@ def calibrated(rows: Iterable[AblationRow]) -> tuple[AblationRow, ...]:
 
     Rows differ in the size of their logits: one gamma for all favours the row it was chosen for.
     """
+    trained = [row for row in rows if row.checkpoints_of is None and row.name != CLIP_DENSE]
     return tuple(
-        AblationRow(
-            f"{row.name}@val",
-            f"{row.title}, own gamma",
-            row.paper,
-            checkpoints_of=row.name,
-            calibrate_on="val",
-        )
-        for row in rows
-        if row.checkpoints_of is None and row.name != CLIP_DENSE
+        replace(row, name=f"{row.name}@val", title=f"{row.title}, own gamma", overrides={})
+        for row in (replace(row, checkpoints_of=row.name, calibrate_on="val") for row in trained)
     )
 
 
