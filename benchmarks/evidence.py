@@ -1,149 +1,199 @@
-"""Write the tables of both READMEs from the JSON files of the ablations, so that none is typed.
+"""Write the tables of the pages from the JSON files of the ablations, so that none is typed.
 
     python benchmarks/evidence.py            # rewrites the blocks
-    python benchmarks/evidence.py --check    # exit status 1 where a block is not what the files say
+    python benchmarks/evidence.py --check    # exit status 1 if a block differs from the files
 
-A block names its files below benchmarks/results, in the order of the rows, and may choose rows and
-leave out the comparison with the paper:
+A block stands in README.md or in a page of benchmarks/ and names files of benchmarks/results. It
+lists their rows, all of them or those named, with the paper's change or with scores only:
 
     <!-- evidence: ablation_table_3 ablation_bounds; rows: full no_glm; scores only -->
     the table
     <!-- end of evidence -->
 
-Or it compares one row in several settings, a line for each file, by its scores or by its changes
-against `full`:
+Three other kinds: one row in several settings, a line for each file, by its scores or by its
+changes against `full`; and hIoU of several experiments, each a column, beside the paper's:
 
     <!-- evidence: ablation_table_3 ablation_dice_1; changes of no_ce -->
+    <!-- evidence: ablation_table_3 ablation_windows | ablation_photographs; beside the paper -->
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cliptteacher.evaluation import SCORES
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
-from ablation_report import number, verdict, weights_of  # noqa: E402
-
-from cliptteacher.evaluation import SCORES  # noqa: E402
-
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "benchmarks").glob("*.md"))]
 BLOCK = re.compile(
-    r"(?P<first><!-- evidence: (?P<files>[\w ]+?)(?:; rows: (?P<rows>[\w .]+?))?"
-    r"(?P<short>; scores only)?(?:; (?P<what>changes|scores) of (?P<row>\w+))? -->\n)"
+    r"(?P<first><!-- evidence: (?P<files>[\w |]+?)(?:; rows: (?P<rows>[\w .]+?))?"
+    r"(?:; (?P<kind>scores only|beside the paper|(?:changes|scores) of (?P<row>\w+)))? -->\n)"
     r".*?(?P<last><!-- end of evidence -->)",
     re.DOTALL,
 )
+Content = dict[str, Any]  # a JSON file of an ablation
 
 
 def main() -> None:
     check = "--check" in sys.argv
-    stale: list[str] = []
-    for page in PAGES:
-        text = page.read_text()
-        fresh = BLOCK.sub(filled, text)
-        if fresh == text:
-            continue
-        stale.append(str(page.relative_to(ROOT)))
-        if not check:
-            page.write_text(fresh)
-    print("stale:" if check else "rewritten:", ", ".join(stale) or "nothing")
+    stale = [page for page in PAGES if BLOCK.sub(filled, page.read_text()) != page.read_text()]
+    for page in stale if not check else ():
+        page.write_text(BLOCK.sub(filled, page.read_text()))
+    names = ", ".join(str(page.relative_to(ROOT)) for page in stale)
+    print("stale:" if check else "rewritten:", names or "nothing")
     raise SystemExit(check and bool(stale))
 
 
 def filled(block: re.Match[str]) -> str:
     """The block with the table that its first line asks for."""
-    files = block["files"].split()
-    names = block["rows"].split() if block["rows"] else None
+    groups = [[read(file) for file in part.split()] for part in block["files"].split("|")]
+    rows = block["rows"].split() if block["rows"] else None
+    kind = block["kind"] or ""
     if block["row"]:
-        lines = settings_table(files, block["row"], changes=block["what"] == "changes")
+        lines = settings_table(groups[0], block["row"], changes=kind.startswith("changes"))
+    elif kind == "beside the paper":
+        lines = beside_the_paper(groups, rows)
     else:
-        lines = table(files, names, compare=block["short"] is None)
+        lines = score_table(groups[0], rows, compare=not kind)
     return "\n".join([block["first"], *lines, "", block["last"]])
 
 
-def table(files: Sequence[str], names: Sequence[str] | None, *, compare: bool) -> list[str]:
-    """Finished rows of several ablations with one base; one that stands in two comes once."""
-    found: dict[str, list[str]] = {}
-    for file in files:
-        content = read(file)
-        for row in content["rows"]:
-            if row["hIoU"]["mean"] is not None:
-                found.setdefault(row["row"], cells(row, content, compare))
+def read(file: str) -> Content:
+    return dict(json.loads((RESULTS / f"{file}.json").read_text()))
+
+
+def score_table(
+    contents: Sequence[Content], names: Sequence[str] | None, *, compare: bool
+) -> list[str]:
+    """Finished rows of ablations with one base: scores and, if asked, the change of hIoU."""
     more = ["change of hIoU", "in the paper", "hIoU: sign"] if compare else []
-    head = ["row", "seeds", *SCORES, *more]
-    return as_markdown(head, [found[name] for name in names or found])
+    body = []
+    for title, row, content in found_rows(contents, names):
+        runs = finished(content, row["row"])
+        line = [title, str(len(runs)), *(number([run[name] for run in runs]) for name in SCORES)]
+        if compare:
+            change, paper = change_of(row, content), paper_change(row, content)
+            told = "-" if paper is None else f"{paper:+.1f}"
+            line += [number(change, signed=True), told, verdict(paper, change)]
+        body.append(line)
+    return as_markdown(["row", "seeds", *SCORES, *more], body)
 
 
-def settings_table(files: Sequence[str], name: str, *, changes: bool) -> list[str]:
+def settings_table(contents: Sequence[Content], name: str, *, changes: bool) -> list[str]:
     """One row of each file: its scores, or its changes against `full` with the paper's above."""
-    lines: list[list[str]] = []
-    contents = [read(file) for file in files]
+    body: list[list[str]] = []
     if changes:
-        base, row = (find(contents[0], each)["paper"] for each in ("full", name))
-        told = [f"{row[score] - base[score]:+.1f}" for score in SCORES]
-        lines.append(["the paper", "-", *told])
+        row = find(contents[0], name)
+        paper = [f"{paper_change(row, contents[0], score):+.1f}" for score in SCORES]
+        body.append(["the paper", "-", *paper])
     for content in contents:
-        row = find(content, name)
-        runs = finished(content, name)
-        found = [
+        row, runs = find(content, name), finished(content, name)
+        values = [
             row[score]["change_by_seed"] if changes else [run[score] for run in runs]
             for score in SCORES
         ]
-        values = [number(numbers, signed=changes) for numbers in found]
-        lines.append([setting(content["settings"]), str(len(found[-1])), *values])
-    return as_markdown(["setting", "seeds", *SCORES], lines)
+        cells = [number(numbers, signed=changes) for numbers in values]
+        body.append([setting(content["settings"]), str(len(values[-1])), *cells])
+    return as_markdown(["setting", "seeds", *SCORES], body)
+
+
+def beside_the_paper(groups: Sequence[Sequence[Content]], names: Sequence[str] | None) -> list[str]:
+    """HIoU of `full`, and below it how each row changes that: the paper's, then ours."""
+    columns = [
+        {row["row"]: (row, content) for _, row, content in found_rows(group, None)}
+        for group in groups
+    ]
+    titles = {row["row"]: title for group in groups for title, row, _ in found_rows(group, None)}
+    head = ["hIoU", "the paper", *(setting(group[0]["settings"]) for group in groups)]
+    body = []
+    for name in names or titles:
+        here = [column.get(name) for column in columns]
+        papers = [paper_change(*each) for each in here if each]
+        told = next((f"{paper:+.1f}" for paper in papers if paper is not None), "-")
+        if name == "full":
+            told = f"{groups[0][0]['rows'][0]['paper']['hIoU']:.1f}"
+            cells = [number([run["hIoU"] for run in finished(group[0], name)]) for group in groups]
+        else:
+            cells = [number(change_of(*each), signed=True) if each else "-" for each in here]
+        body.append([titles[name], told, *cells])
+    return as_markdown(head, body)
+
+
+def found_rows(
+    contents: Sequence[Content], names: Sequence[str] | None
+) -> list[tuple[str, Content, Content]]:
+    """Title, row and file of each row with a score; one that stands in two files comes once."""
+    found: dict[str, tuple[str, Content, Content]] = {}
+    for content in contents:
+        for row in content["rows"]:
+            title = "full" if row is content["rows"][0] else row["title"]
+            if row["hIoU"]["mean"] is not None:
+                found.setdefault(row["row"], (title, row, content))
+    return [found[name] for name in names or found]
+
+
+def find(content: Content, name: str) -> Content:
+    return next(row for row in content["rows"] if row["row"] == name)
+
+
+def finished(content: Content, name: str) -> list[dict[str, float]]:
+    """The scores of the finished runs of a row."""
+    return [run["scores"] for run in content["runs"] if run["row"] == name and run["scores"]]
+
+
+def change_of(row: Content, content: Content) -> list[float]:
+    """Changes of hIoU against `full`, seed by seed; none of `full` itself."""
+    return [] if row is content["rows"][0] else list(row["hIoU"]["change_by_seed"])
+
+
+def paper_change(row: Content, content: Content, score: str = "hIoU") -> float | None:
+    base = content["rows"][0]
+    if row is base or not row["paper"]:
+        return None
+    return round(row["paper"][score] - base["paper"][score], 1)
+
+
+def number(values: Sequence[float], signed: bool = False) -> str:
+    """Mean and sample standard deviation; "-" without a value."""
+    if not values:
+        return "-"
+    text = f"{statistics.fmean(values):{'+' if signed else ''}.1f}"
+    return text if len(values) == 1 else f"{text} ± {statistics.stdev(values):.1f}"
+
+
+def verdict(paper: float | None, change: Sequence[float]) -> str:
+    """Compare the sign of a mean change with that in the paper."""
+    if not change:
+        return "-"
+    mean = statistics.fmean(change)
+    if len(change) > 1 and abs(mean) <= statistics.stdev(change):
+        return "within the spread"
+    if paper is None:
+        return f"{'+' if mean > 0 else '-'}, not in the paper"
+    sign = "same sign" if (mean > 0) == (paper > 0) else "other sign"
+    return sign if len(change) > 1 else f"{sign}, one seed"
 
 
 def setting(settings: dict[str, Any]) -> str:
     """Data, base, iterations if not the recipe's, and weights of terms if not the base's."""
-    weights = [f"`{weight}`" for weight in weights_of(settings)]
+    pairs = itertools.pairwise(settings["more"])
+    weights = [f"`{flag} {value}`" for flag, value in pairs if flag.endswith("-weight")]
     data = {"folder": "photographs"}.get(settings["data"], settings["data"])
     length = [f"{settings['iterations']} iterations"] if settings["iterations"] else []
     return ", ".join([data, settings["base"], *length, *weights])
 
 
 def as_markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a Markdown table."""
     first, *rest = (f"| {' | '.join(line)} |" for line in (head, *body))
     return [first, "|---" * len(head) + "|", *rest]
-
-
-def read(file: str) -> dict[str, Any]:
-    """The JSON file of an ablation."""
-    return dict(json.loads((RESULTS / f"{file}.json").read_text()))
-
-
-def find(content: dict[str, Any], name: str) -> dict[str, Any]:
-    """A row of it."""
-    return next(row for row in content["rows"] if row["row"] == name)
-
-
-def finished(content: dict[str, Any], name: str) -> list[dict[str, float]]:
-    """The scores of the finished runs of a row."""
-    return [run["scores"] for run in content["runs"] if run["row"] == name and run["scores"]]
-
-
-def cells(row: dict[str, Any], content: dict[str, Any], compare: bool) -> list[str]:
-    """One row: title, seeds, scores and, if asked, the change against the base."""
-    base = content["rows"][0]
-    runs = finished(content, row["row"])
-    scores = [number([run[name] for run in runs]) for name in SCORES]
-    title = "full" if row is base else row["title"]
-    line = [title, str(len(runs)), *scores]
-    if compare:
-        change = [] if row is base else row["hIoU"]["change_by_seed"]
-        paper = None
-        if row["paper"] and row is not base:
-            paper = round(row["paper"]["hIoU"] - base["paper"]["hIoU"], 1)
-        line += [number(change, signed=True), "-" if paper is None else f"{paper:+.1f}"]
-        line.append(verdict(paper, change) or "-")
-    return line
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from cliptteacher.training.ablations import TABLES
 from torch import Tensor
 
 from cliptteacher.clip import CLIP, load_clip
@@ -44,7 +45,6 @@ from cliptteacher.data.splits import IGNORE_INDEX, ClassSplit, SegmentationDatas
 from cliptteacher.data.transforms import cut_to_patches
 from cliptteacher.framework import CLIPTeacherConfig
 from cliptteacher.plm import PixelLearningModule, resize_nearest, unannotated_share
-from cliptteacher.training.ablations import TABLES
 from cliptteacher.training.config import TrainConfig, resolve_config
 from cliptteacher.training.recipes import get_recipe
 from cliptteacher.training.run import write_json

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cliptteacher.training.distributed import Process
 from torch import Tensor
 
 from cliptteacher.data import SegmentationDataset, open_dataset
 from cliptteacher.evaluation import SCORES, evaluate, scores_as_percent
 from cliptteacher.inference import load_segmenter
-from cliptteacher.training.distributed import Process
 from cliptteacher.training.run import describe_environment, write_json
 
 

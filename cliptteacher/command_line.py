@@ -8,11 +8,16 @@ with one_sentence_errors("predict.py"):              no traceback for a refused 
 from __future__ import annotations
 
 import argparse
+import csv
 import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TypeVar
+
+from .files import read_text
+
+MAX_WORDS = 255  # an index map has one byte a pixel, and 255 means "ignore"
 
 Number = TypeVar("Number", int, float)
 
@@ -55,3 +60,26 @@ def one_sentence_errors(program: str) -> Iterator[None]:
         yield
     except (OSError, ValueError) as error:
         raise SystemExit(f"{program}: error: {error}") from None
+
+
+def read_words(text: str) -> tuple[str, ...]:
+    """Read words between commas, or the lines of a text file.
+
+    Args:
+        text: ``cat, tall grass, sky``; a word that holds a comma stands in double quotes. Or the
+            name of a ``.txt`` file with one word a line.
+
+    Raises:
+        ValueError: there is no word, one occurs twice, or there are more than 255, which is what
+            index maps of one byte a pixel can hold.
+    """
+    if text.lower().endswith(".txt"):
+        found = read_text(text).splitlines()
+    else:
+        found = next(csv.reader([text], skipinitialspace=True), [])
+    words = tuple(" ".join(word.split()) for word in found if word.strip())
+    repeated = sorted({word for word in words if words.count(word) > 1})
+    if not 1 <= len(words) <= MAX_WORDS or repeated:
+        got = f"{', '.join(repeated)} twice" if repeated else str(len(words))
+        raise ValueError(f"the words must be 1 to {MAX_WORDS} different words, got {got}")
+    return words

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
 Value = TypeVar("Value")
+DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
 @dataclass(frozen=True)
@@ -32,16 +33,19 @@ class Process:
 def start_process(device: str = "auto") -> Process:
     """Join the process group that torchrun describes, or run alone without it.
 
-    NCCL on CUDA, gloo on the CPU.
+    NCCL on CUDA, gloo elsewhere.
 
     Args:
-        device: "auto" takes CUDA where there is one, else "cpu" or "cuda".
+        device: one of ``DEVICES``; "auto" takes CUDA where there is one, else the CPU.
 
     Raises:
-        ValueError: CUDA was asked for and there is none, or fewer devices than processes.
+        ValueError: the device that is asked for does not exist, or there are fewer devices than
+            processes.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("--device mps needs an Apple GPU and a PyTorch built for it; use cpu")
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if device == "cuda":
         if torch.cuda.device_count() <= local_rank:
@@ -53,7 +57,7 @@ def start_process(device: str = "auto") -> Process:
     if "WORLD_SIZE" not in os.environ:
         return Process(0, 0, 1, torch.device(device))
     _join_group("nccl" if device == "cuda" else "gloo")
-    chosen = torch.device(device, local_rank) if device == "cuda" else torch.device("cpu")
+    chosen = torch.device(device, local_rank) if device == "cuda" else torch.device(device)
     return Process(dist.get_rank(), local_rank, dist.get_world_size(), chosen)
 
 

@@ -11,6 +11,7 @@ names the file and says what to do.
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import errno
 import hashlib
@@ -114,11 +115,26 @@ def write_json(content: Any, path: StrPath) -> None:
     write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", path)
 
 
+def read_text(path: StrPath) -> str:
+    """Read a text file in UTF-8, or in UTF-16 with a byte order mark; a mark is left out.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is in another encoding.
+    """
+    content = Path(path).read_bytes()
+    utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        return content.decode("utf-16" if utf16 else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must be text in UTF-8, but {error}; save it as UTF-8") from None
+
+
 def read_json(path: StrPath, *, megabytes: int = 100) -> Any:
     """Read a JSON file that may come from elsewhere.
 
     Args:
-        path: UTF-8 text, with or without a byte order mark.
+        path: the file; encodings as in `read_text`.
         megabytes: a larger file is refused before it is read.
 
     Raises:
@@ -129,7 +145,7 @@ def read_json(path: StrPath, *, megabytes: int = 100) -> Any:
     if path.stat().st_size > megabytes * 10**6:
         raise ValueError(f"{path} must be a JSON file of at most {megabytes} MB; check its name")
     try:
-        return json.loads(path.read_bytes().decode("utf-8-sig"))
+        return json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{path} must hold JSON, but reading it stopped with: {error}; correct it or get it "

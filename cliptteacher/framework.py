@@ -106,8 +106,9 @@ class CLIPTeacher(nn.Module):
             GlobalLearningModule(config.glm_pooling, config.bank_size, config.temperature)
             for _ in config.glm_windows
         )
-        unused = {} if self.uses_adapter else {"adapter": "identity"}  # DDP waits for all gradients
-        self.plm = PixelLearningModule(clip.embed_dim, replace(config, **unused))
+        # An adapter that no term uses would get no gradient, and DDP waits for all gradients.
+        plm_config = config if self.uses_adapter else replace(config, adapter="identity")
+        self.plm = PixelLearningModule(clip.embed_dim, plm_config)
 
     @property
     def clip(self) -> CLIP:

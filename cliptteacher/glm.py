@@ -104,9 +104,9 @@ class CLSBank(nn.Module):
     """The CLS tokens of the last ``size`` iterations, the current one included.
 
     Two buffers, so that ``state_dict()`` of any module around it holds the bank. Every rank inserts
-    the same global batch, so the bank is the same on every rank. The number of rows is fixed by the
-    first iteration; a later batch that is larger enlarges it, a smaller one (the last of an epoch)
-    displaces as many rows as it has.
+    the same global batch, so the bank is the same on every rank. The first iteration, or the first
+    one after ``load_state_dict``, fixes the number of rows: ``size`` batches. A later batch that is
+    larger enlarges it, a smaller one (the last of an epoch) displaces as many rows as it has.
 
     Args:
         size: n, iterations to keep; 1 (or 0) keeps the current batch alone.
@@ -125,20 +125,22 @@ class CLSBank(nn.Module):
         self.size = max(1, size)
         self.register_buffer("tokens", torch.zeros(0, 0))
         self.register_buffer("filled", torch.zeros((), dtype=torch.int64))
+        self._rows_fixed = False
 
     @torch.no_grad()
     def insert(self, cls: Tensor, parts: int = 1) -> None:
-        """Insert the CLS tokens of one iteration, or of a part of it, and drop the oldest, if full.
+        """Insert the CLS tokens of one iteration, or of a part of it; a full bank drops the oldest.
 
         Args:
             cls: (B, C).
             parts: parts that make one iteration (gradient accumulation).
         """
         cls = full_precision(cls)
-        missing = self.size * parts * len(cls) - len(self.tokens)
-        if missing > 0:
-            empty = cls.new_zeros(missing, cls.shape[1])
-            self.tokens = torch.cat((self.tokens, empty)) if len(self.tokens) else empty
+        rows = self.size * parts * len(cls)
+        if not self._rows_fixed or rows > len(self.tokens):
+            held = self.tokens if len(self.tokens) else cls[:0]
+            self.tokens = torch.cat((held, cls.new_zeros(rows, cls.shape[1])))[:rows].clone()
+            self._rows_fixed = True
         rows = len(self.tokens)
         self.tokens.copy_(torch.cat((cls, self.tokens))[:rows])
         self.filled.add_(len(cls)).clamp_(max=rows)
@@ -149,9 +151,10 @@ class CLSBank(nn.Module):
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
         stored = state.get(f"{prefix}tokens")
-        if stored is not None:  # the bank of another batch size has another number of rows
+        if stored is not None:  # another size or batch has another number of rows
             self.tokens = self.tokens.new_zeros(stored.shape)
-        super()._load_from_state_dict(state, prefix, *args)  # type: ignore[no-untyped-call]
+            self._rows_fixed = False
+        super()._load_from_state_dict(state, prefix, *args)
 
 
 class GlobalLearningModule(nn.Module):

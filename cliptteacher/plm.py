@@ -57,7 +57,9 @@ class PixelLosses(NamedTuple):
     generate: Tensor  # scalar
 
 
-def unannotated_share(labels: Tensor, grid: tuple[int, int], ignore_index: int = IGNORE_INDEX) -> Tensor:
+def unannotated_share(
+    labels: Tensor, grid: tuple[int, int], ignore_index: int = IGNORE_INDEX
+) -> Tensor:
     """Average, for every token, how many of its pixels have no label.
 
     Args:
@@ -239,7 +241,9 @@ class PixelLearningModule(nn.Module):
         centers = multiscale_centers(dense, config.scales, config.seeding)
         tokens = dense.flatten(2).transpose(1, 2)  # (B, N, C')
         clusters = masked_kmeans(tokens, centers, take_part.flatten(1), config.kmeans_iterations)
-        group_of_cluster = fuse_clusters(clusters.centers, clusters.counts > 0, config.fusion_threshold)
+        group_of_cluster = fuse_clusters(
+            clusters.centers, clusters.counts > 0, config.fusion_threshold
+        )
         groups = group_of_cluster.gather(1, clusters.assignment.clamp(min=0))
         groups = groups.where(take_part.flatten(1), NO_LABEL).reshape(B, h, w)
         return groups, centers.shape[1]

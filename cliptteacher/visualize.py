@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from . import IGNORE_INDEX
 from .files import write_whole
 
 Colour = tuple[int, int, int]
@@ -27,7 +28,6 @@ Pixels = NDArray[np.uint8]
 Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 Entry = tuple[str, Colour, bool]  # text, swatch, marked as unseen
 
-IGNORE_INDEX = 255
 _PAPER, _INK, _ACCENT, _IGNORED = (255, 255, 255), (40, 40, 40), (200, 48, 32), (70, 70, 70)
 _MARGIN, _GAP, _MARK = 12, 8, "unseen"
 _READABLE = 256  # pixels of the long side up to which images are enlarged

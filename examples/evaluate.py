@@ -4,7 +4,7 @@ r"""Score a trained student: pAcc, mIoU of seen and unseen classes, and their hI
     torchrun --standalone --nproc_per_node=8 examples/evaluate.py --checkpoint runs/paper \
         --data folder --root DIR --split val --mode slide
     python examples/evaluate.py --checkpoint runs/miniworld --split test --calibrate val
-    python examples/evaluate.py --clip-dense --clip miniworld --split test    # no student at all
+    python examples/evaluate.py --clip-only --clip miniworld --split test    # no student at all
     python examples/evaluate.py --help
 
 A student is not bound to the data set it was trained on. If the class names are those of its
@@ -12,7 +12,7 @@ training run, their stored text features serve and no CLIP is needed; otherwise 
 new names, and unseen are those that training had no labels for.
 
 ``--calibrate val`` first chooses gamma by the hIoU of another split: never choose it on the split
-that is reported. ``--clip-dense`` asks what the teacher can do alone: its dense tokens against the
+that is reported. ``--clip-only`` asks what the teacher can do alone: its dense tokens against the
 text features.
 """
 
@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,11 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from cliptteacher.clip import DenseTokens, class_text_features, load_clip
+from cliptteacher.clip import load_clip
 from cliptteacher.command_line import number, one_sentence_errors
 from cliptteacher.data import SegmentationDataset, open_dataset
 from cliptteacher.data.catalog import BENCHMARKS
-from cliptteacher.distributed import Process, start_process, stop_process
+from cliptteacher.distributed import DEVICES, Process, start_process, stop_process
 from cliptteacher.evaluation import (
     SCORES,
     evaluate,
@@ -41,7 +42,7 @@ from cliptteacher.evaluation import (
     sweep_gamma,
 )
 from cliptteacher.files import write_json
-from cliptteacher.inference import TrainedSegmenter, load_segmenter
+from cliptteacher.inference import TrainedSegmenter, clip_segmenter, load_segmenter
 from cliptteacher.visualize import class_palette, overlay, write_png
 
 SECONDS_BETWEEN_LINES = 30
@@ -65,9 +66,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     scored = parser.add_mutually_exclusive_group(required=True)
     scored.add_argument("--checkpoint", type=Path, help="a file, or the directory of a run")
-    scored.add_argument(
-        "--clip-dense", action="store_true", help="score the dense tokens of --clip"
-    )
+    scored.add_argument("--clip-only", action="store_true", help="no student: dense CLIP tokens")
     add("--data", choices=("miniworld", "folder", *BENCHMARKS), help="default: that of training")
     add("--root", help="folder of the data set; default: that of training")
     add("--split", default="val")
@@ -84,7 +83,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--gamma", type=number(float), help="bonus of unseen classes; default: as in training")
     add("--calibrate", metavar="SPLIT", help="choose gamma on this split, by hIoU")
     add("--gammas", type=number(float), nargs="+", default=GAMMAS, help="those to choose from")
-    add("--templates", choices=("single", "ensemble"), default="single", help="of --clip-dense")
+    add("--templates", choices=("single", "ensemble"), default="single", help="of --clip-only")
     add("--clip", help="name or path of the CLIP, for class names that training did not know")
     add("--save-dir", type=Path, help="write NAME.png (class indices) and NAME_overlay.png here")
     add("--json", type=Path, help="write the scores here")
@@ -95,13 +94,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="images of equal size predicted together",
     )
     add("--workers", type=number(int, 0), default=0, help="processes that read images ahead")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add("--device", choices=DEVICES, default="auto")
     return parser.parse_args(argv)
 
 
 def run(args: argparse.Namespace, process: Process) -> None:
     """Evaluate, print and save."""
-    trained = dense_teacher(args) if args.clip_dense else load_segmenter(args.checkpoint)
+    trained = clip_alone(args) if args.clip_only else load_segmenter(args.checkpoint)
     dataset = open_split(args, trained)
     student = trained.with_words(dataset.class_names, args.clip)
     # A student that has seen all classes is the upper bound of the data set's own unseen ones.
@@ -168,21 +167,14 @@ def choose_gamma(
     return float(best["gamma"]), sweep
 
 
-def dense_teacher(args: argparse.Namespace) -> TrainedSegmenter:
+def clip_alone(args: argparse.Namespace) -> TrainedSegmenter:
     """Let the dense tokens of a CLIP take the place of a student's features."""
     if args.clip is None:
-        raise ValueError("--clip-dense needs a CLIP, got none; name one with --clip")
+        raise ValueError("--clip-only needs a CLIP, got none; name one with --clip")
     args.data = args.data or ("folder" if args.root else "miniworld")
-    clip = load_clip(args.clip)
     dataset = open_dataset(args.data, args.root, args.split)
-    return TrainedSegmenter(
-        segmenter=DenseTokens(clip).eval(),
-        class_names=dataset.class_names,
-        unseen=tuple(dataset.unseen),
-        text_features=class_text_features(clip, dataset.class_names, args.templates),
-        settings={"gamma": 0.0, "similarity": "cosine"},
-        checkpoint={"segmenter_name": "dense tokens", "step": 0, "clip": args.clip},
-    )
+    alone = clip_segmenter(load_clip(args.clip), dataset.class_names, args.templates)
+    return replace(alone, unseen=tuple(dataset.unseen))
 
 
 def open_split(args: argparse.Namespace, trained: TrainedSegmenter) -> SegmentationDataset:
@@ -214,9 +206,7 @@ def print_plan(
     """Say what is about to be measured, and which classes count as unseen."""
     name, step = student.checkpoint["segmenter_name"], student.checkpoint["step"]
     names = ", ".join(student.class_names[k] for k in student.unseen)
-    source = (
-        f"CLIP {args.clip}" if args.clip_dense else f"{args.checkpoint} after {step} iterations"
-    )
+    source = f"CLIP {args.clip}" if args.clip_only else f"{args.checkpoint} after {step} iterations"
     print(
         f"{name} of {source}, on {args.root or args.data} "
         f"{args.split}: {len(dataset)} images, {len(student.class_names)} classes"
@@ -267,8 +257,8 @@ def summary(
     """Collect the scores and everything they depend on."""
     return {
         "scores": scores,
-        "checkpoint": None if args.clip_dense else str(args.checkpoint),
-        "clip": student.checkpoint.get("clip"),
+        "checkpoint": None if args.clip_only else str(args.checkpoint),
+        "clip": student.checkpoint.get("clip", args.clip),
         "step": student.checkpoint["step"],
         "data": args.data,
         "root": args.root,

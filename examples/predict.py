@@ -1,12 +1,15 @@
-r"""Segment photographs with a trained student and any words.
+r"""Segment photographs with a trained student, or with CLIP alone, and any words.
 
-    python examples/predict.py --checkpoint runs/miniworld --image photo.jpg --output out
-    python examples/predict.py --checkpoint runs/paper --clip ViT-B/16 --image photos/ \
-        --classes "dog, grass, frisbee, sky" --output out
+    python examples/predict.py --checkpoint runs/first --image photo.jpg --output out
+    python examples/predict.py --checkpoint runs/voc --clip ViT-B/16 --image photos/ \
+        --classes "dog, tall grass, sky" --output out
+    python examples/predict.py --clip-only --clip ViT-B/16 --image photo.jpg \
+        --classes words.txt --output out
 
 For every image it writes NAME_overlay.png (colours and a legend) and NAME_index.png (one class
 index a pixel, in the order of the words). Without --classes, or with words of the training run
 only, no CLIP is needed; for other words its text encoder is loaded, never its image encoder.
+--clip-only needs no training: every pixel gets the word nearest to its dense token of CLIP.
 """
 
 from __future__ import annotations
@@ -18,27 +21,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from cliptteacher.training.distributed import start_process
 from PIL import Image
 from torch import Tensor
-from words import with_words
 
-from cliptteacher.data.folder import read_image
-from cliptteacher.inference import Predictor, TrainedSegmenter, load_segmenter
-from cliptteacher.visualize import Pixels, class_palette, overlay, write_png
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
-MAX_WORDS = 255  # an index map has one byte a pixel, and 255 means "ignore"
-# Pillow raises these for files that are damaged, no pictures, or larger than it accepts.
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+from cliptteacher.clip import load_clip
+from cliptteacher.command_line import number, one_sentence_errors, read_words
+from cliptteacher.data.images import list_images, read_image, readable_suffixes
+from cliptteacher.distributed import DEVICES, start_process
+from cliptteacher.inference import TrainedSegmenter, clip_segmenter, load_segmenter
+from cliptteacher.visualize import class_palette, overlay, write_png
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
-    try:
+    with one_sentence_errors("predict.py"):
         failed = run(args)
-    except (FileNotFoundError, ValueError) as error:
-        raise SystemExit(f"predict.py: {error}") from error
     if failed:
         raise SystemExit(1)
 
@@ -48,50 +45,65 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--checkpoint", type=Path, required=True, help="a file, or the directory of a run")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--checkpoint", type=Path, help="a file, or the directory of a run")
+    source.add_argument("--clip-only", action="store_true", help="no student: dense CLIP tokens")
     add("--image", type=Path, required=True, help="an image, or a directory of images")
-    add("--classes", help='words between commas, such as "cat, sofa"; default: those of training')
+    add("--classes", help="words between commas, or a .txt file; default: those of training")
     add("--output", type=Path, required=True, help="directory to write to")
     add("--clip", help="name or path of the CLIP, for words that training did not know")
-    add("--gamma", type=float, help="bonus of words without labels in training")
-    add("--resize", type=int, nargs=2, metavar=("LONG", "SHORT"), help="default: as in training")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add("--gamma", type=number(float), help="bonus of words without labels in training")
+    sides = {"nargs": 2, "metavar": ("LONG", "SHORT"), "type": number(int, 1)}
+    add("--resize", **sides, help="default: as in training")
+    add("--mode", choices=("whole", "slide"), default="whole", help="slide: for large pictures")
+    add("--device", choices=DEVICES, default="auto")
     return parser.parse_args(argv)
 
 
 def run(args: argparse.Namespace) -> int:
     """Predict all images; returns how many could not be read."""
-    images = list_images(args.image, args.output)
-    trained = load_segmenter(args.checkpoint)
-    words = split_words(args.classes) if args.classes is not None else trained.class_names
-    student, unread = with_words(trained, words, args.clip)
-    gamma = student.gamma if args.gamma is None else args.gamma
-    print_plan(student, gamma, unread)
-    resize = tuple(args.resize) if args.resize else student.resize
-    predictor = student.predictor(gamma=gamma, resize=resize)
-    predictor.to(start_process(args.device).device)
-    palette = class_palette(len(words))
+    images = find_images(args.image, args.output)
+    student = make_student(args)
+    settings = {"mode": args.mode}
+    if args.gamma is not None:
+        settings["gamma"] = args.gamma
+    if args.resize:
+        settings["resize"] = tuple(args.resize)
+    predictor = student.predictor(**settings).to(start_process(args.device).device)
+    print_plan(student, {**student.settings, **settings}["gamma"])
     stems = Counter(path.stem for path in images)
     failed = 0
-    for path in images:
+    for count, path in enumerate(images, 1):
         try:
             image = read_image(path)
-        except UNREADABLE as error:
+        except (OSError, ValueError) as error:
             failed += 1
-            print(f"{path} must be a readable image, but {error}", file=sys.stderr, flush=True)
+            print(error, file=sys.stderr, flush=True)
             continue
         # Two images of one name, such as a.jpg and a.png, must not overwrite each other.
         target = args.output / (path.stem if stems[path.stem] == 1 else path.name)
-        print(predict(predictor, student, image, target, palette), flush=True)
+        line = write_prediction(image, predictor(image).cpu(), student, target)
+        print(f"{count}/{len(images)}  {line}", flush=True)
     return failed
 
 
-def list_images(source: Path, output: Path) -> list[Path]:
-    """List the images that are asked for.
+def make_student(args: argparse.Namespace) -> TrainedSegmenter:
+    """Load the student, or let CLIP take its place, with the words that are asked for."""
+    words = None if args.classes is None else read_words(args.classes)
+    if not args.clip_only:
+        trained = load_segmenter(args.checkpoint)
+        return trained if words is None else trained.with_words(words, args.clip)
+    if args.clip is None or words is None:
+        raise ValueError("--clip-only needs a CLIP and words; name them with --clip and --classes")
+    return clip_segmenter(load_clip(args.clip), words)
+
+
+def find_images(source: Path, output: Path) -> list[Path]:
+    """List the images that are asked for; says which files of a directory are passed over.
 
     Raises:
-        FileNotFoundError: if there is no such file or directory, or no image in it.
-        ValueError: if the results would be written among the images.
+        FileNotFoundError: there is no such file or directory, or no image in it.
+        ValueError: the results would be written among the images.
     """
     if not source.exists():
         raise FileNotFoundError(f"the image {source} does not exist; check --image")
@@ -102,32 +114,20 @@ def list_images(source: Path, output: Path) -> list[Path]:
             f"--output must not be the directory of the images, got {output} for both; "
             "the next run would take the results for images"
         )
-    files = (path for path in source.iterdir() if path.is_file() and path.name[0] != ".")
-    images = sorted(path for path in files if path.suffix.lower() in SUFFIXES)
+    images, others = list_images(source)
     if not images:
-        raise FileNotFoundError(f"{source} must hold an image ({', '.join(SUFFIXES)}), got none")
+        endings = ", ".join(sorted(readable_suffixes()))
+        raise FileNotFoundError(f"{source} must hold an image, got none of {endings}")
+    for path in others:
+        print(f"{path} is passed over: no ending of an image that Pillow reads", file=sys.stderr)
     return images
 
 
-def split_words(text: str) -> tuple[str, ...]:
-    """Split "a, b, c" into words.
-
-    Raises:
-        ValueError: if there is none, one occurs twice, or there are too many.
-    """
-    words = tuple(" ".join(word.split()) for word in text.split(",") if word.strip())
-    repeated = sorted({word for word in words if words.count(word) > 1})
-    if not 1 <= len(words) <= MAX_WORDS or repeated:
-        got = f"{', '.join(repeated)} twice" if repeated else str(len(words))
-        raise ValueError(f"--classes must hold 1 to {MAX_WORDS} different words, got {got}")
-    return words
-
-
-def print_plan(student: TrainedSegmenter, gamma: float, unread: list[str]) -> None:
+def print_plan(student: TrainedSegmenter, gamma: float) -> None:
     """Say which words get the bonus, and which ones mean nothing to the CLIP."""
     names = ", ".join(student.class_names[k] for k in student.unseen)
     print(f"words without labels in training, with a bonus of {gamma:g}: {names or 'none'}")
-    for word in unread:
+    for word in student.unread:
         print(
             f"warning: the CLIP never read the word {word!r}, so what is found for it means "
             "nothing; use a word of its captions or a larger CLIP",
@@ -135,23 +135,17 @@ def print_plan(student: TrainedSegmenter, gamma: float, unread: list[str]) -> No
         )
 
 
-def predict(
-    predictor: Predictor,
-    student: TrainedSegmenter,
-    image: Tensor,
-    target: Path,
-    palette: Pixels,
-) -> str:
-    """Predict one image and write both files; returns a line that says what was found."""
-    labels = predictor(image).cpu()
-    picture = overlay(image, labels, student.class_names, palette, unseen=student.unseen)
+def write_prediction(image: Tensor, labels: Tensor, student: TrainedSegmenter, target: Path) -> str:
+    """Write both files of one image; returns a line that says what was found."""
+    names = student.class_names
     overlay_file = target.with_name(f"{target.name}_overlay.png")
     index_file = target.with_name(f"{target.name}_index.png")
-    write_png(picture, overlay_file)
+    palette = class_palette(len(names))
+    write_png(overlay(image, labels, names, palette, unseen=student.unseen), overlay_file)
     write_png(Image.fromarray(labels.numpy().astype(np.uint8)), index_file)
-    shares = torch.bincount(labels.flatten(), minlength=len(student.class_names)) / labels.numel()
+    shares = torch.bincount(labels.flatten(), minlength=len(names)) / labels.numel()
     order = shares.argsort(descending=True, stable=True).tolist()
-    found = (f"{student.class_names[k]} {100 * float(shares[k]):.1f}%" for k in order if shares[k])
+    found = (f"{names[k]} {100 * float(shares[k]):.1f}%" for k in order if shares[k])
     return f"{target.name}: {', '.join(found)} -> {overlay_file}, {index_file}"
 
 

@@ -23,15 +23,22 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from captions import Captions, FolderCaptions, MiniWorldCaptions, caption_batches
 from torch import Generator, Tensor, nn
 from torchvision.transforms.v2 import functional as TF
 
 from cliptteacher.clip import CLIP, CLIPConfig, class_text_features, save_clip, tokenize
+from cliptteacher.command_line import number, one_sentence_errors
+from cliptteacher.data.captions import (
+    Captions,
+    FolderCaptions,
+    MiniWorldCaptions,
+    caption_batches,
+)
 from cliptteacher.data.folder import FolderDataset
 from cliptteacher.data.miniworld import MiniWorld, draw_single_class
 from cliptteacher.data.splits import SegmentationDataset
-from cliptteacher.training.run import MetricsLog, write_json
+from cliptteacher.files import write_json
+from cliptteacher.training.records import MetricsLog
 
 _FRESH_SEED = (3 << 30) + (1 << 29)  # seeds count 32 bits; no split of miniworld reaches here
 
@@ -43,25 +50,31 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", choices=("miniworld", "folder"), default="miniworld")
     parser.add_argument("--root", type=Path, help="folder data set: images, labels, dataset.json")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=40.0, help="stop after this training time")
-    parser.add_argument("--iterations", type=int, help="instead of --minutes")
-    parser.add_argument("--batch-size", type=int, default=192)
-    parser.add_argument("--pool", type=int, default=24000, help="miniworld scenes to draw")
-    parser.add_argument("--image-size", type=int, default=64)
-    parser.add_argument("--patch-size", type=int, default=8)
-    parser.add_argument("--embed-dim", type=int, default=128)
-    parser.add_argument("--vision-width", type=int, default=128)
-    parser.add_argument("--vision-layers", type=int, default=4)
-    parser.add_argument("--text-width", type=int, default=128)
-    parser.add_argument("--text-layers", type=int, default=2)
-    parser.add_argument("--learning-rate", type=float, default=1.5e-3)
-    parser.add_argument("--weight-decay", type=float, default=0.05)
-    parser.add_argument("--max-scale", type=float, default=100.0, help="limit of exp(logit_scale)")
+    parser.add_argument(
+        "--minutes", type=number(float, 0), default=40.0, help="stop after this training time"
+    )
+    parser.add_argument("--iterations", type=number(int, 1), help="instead of --minutes")
+    parser.add_argument("--batch-size", type=number(int, 2), default=192)
+    parser.add_argument(
+        "--pool", type=number(int, 1), default=24000, help="miniworld scenes to draw"
+    )
+    parser.add_argument("--image-size", type=number(int, 1), default=64)
+    parser.add_argument("--patch-size", type=number(int, 1), default=8)
+    parser.add_argument("--embed-dim", type=number(int, 1), default=128)
+    parser.add_argument("--vision-width", type=number(int, 1), default=128)
+    parser.add_argument("--vision-layers", type=number(int, 1), default=4)
+    parser.add_argument("--text-width", type=number(int, 1), default=128)
+    parser.add_argument("--text-layers", type=number(int, 1), default=2)
+    parser.add_argument("--learning-rate", type=number(float, 0), default=1.5e-3)
+    parser.add_argument("--weight-decay", type=number(float, 0), default=0.05)
+    parser.add_argument(
+        "--max-scale", type=number(float, 1), default=100.0, help="limit of exp(logit_scale)"
+    )
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, help="CPU threads of torch")
+    parser.add_argument("--seed", type=number(int, 0), default=0)
+    parser.add_argument("--threads", type=number(int, 0), help="CPU threads of torch")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--log-interval", type=int, default=100)
+    parser.add_argument("--log-interval", type=number(int, 1), default=100)
     args = parser.parse_args(argv)
     if args.data == "folder" and args.root is None:
         parser.error("--data folder needs --root, the folder of the data set")
@@ -255,9 +268,14 @@ def measure(
 def open_data(args: argparse.Namespace) -> tuple[Captions, SegmentationDataset]:
     """Images with captions to train on, and the validation split to measure on."""
     if args.data == "miniworld":
-        return MiniWorldCaptions(args.pool, args.image_size), MiniWorld("val")
+        captions = MiniWorldCaptions(args.pool, args.image_size, print_drawn)
+        return captions, MiniWorld("val")
     held_out = FolderDataset(args.root, "val")
     return FolderCaptions(FolderDataset(args.root, "train"), args.image_size), held_out
+
+
+def print_drawn(done: int, total: int) -> None:
+    print(f"drew {done} of {total} scenes", flush=True)
 
 
 def build_clip(args: argparse.Namespace) -> CLIP:
@@ -278,10 +296,13 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(args.seed)
     if args.threads:
         torch.set_num_threads(args.threads)
-    try:
-        captions, held_out = open_data(args)
-    except (FileNotFoundError, ValueError) as error:
-        raise SystemExit(f"pretrain_clip.py: {error}") from error
+    with one_sentence_errors("pretrain_clip.py"):
+        pretrain(args)
+
+
+def pretrain(args: argparse.Namespace) -> None:
+    """Train, save and measure."""
+    captions, held_out = open_data(args)
     options = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()}
     write_json(options, args.output / "config.json")
     clip = build_clip(args)

@@ -135,7 +135,9 @@ def test_lraspp_adds_two_layers_and_one_of_them_is_not_the_head() -> None:
 
 def test_a_layer_without_influence_on_the_shape_is_not_the_head() -> None:
     module = Upsampling("bilinear")
-    message = r"'auxiliary': with 9 outputs of that layer the network returns shape \(1, 5, 64, 64\)"
+    message = (
+        r"'auxiliary': with 9 outputs of that layer the network returns shape \(1, 5, 64, 64\)"
+    )
     with pytest.raises(ValueError, match=message):
         adapt_segmenter(module, channels=9, head="auxiliary")
     assert adapt_segmenter(module, channels=9, head="classifier").head_names == ("classifier",)

@@ -1,5 +1,6 @@
 """Classes, splits and encodings of the benchmarks: the numbers, and the known traps."""
 
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 
 from cliptteacher.data import BENCHMARKS, coco_stuff, open_dataset, pascal_context, voc
-from cliptteacher.data.prepare import prepare_benchmark
+from cliptteacher.data.prepare import missing_archives, prepare_benchmark
 from cliptteacher.data.splits import ClassSplit, SeenOnly
 
 
@@ -176,8 +177,26 @@ def test_open_refuses_the_classes_of_another(tmp_path: Path) -> None:
         open_dataset("voc", tmp_path / "root", "val")
 
 
-def test_benchmarks_are_not_kept_in_memory(tmp_path: Path) -> None:
-    benchmark = trees.publish("voc", tmp_path / "root", tmp_path / "archives")
-    prepare_benchmark(benchmark, tmp_path / "root")
-    dataset = open_dataset("voc", tmp_path / "root", "val", cache=True)
-    assert dataset[0][0] is not dataset[0][0]
+def test_the_folder_that_most_people_have_takes_the_place_of_sbd(tmp_path: Path) -> None:
+    """SegmentationClassAug: the labels of trainaug as PNGs, those of val among them."""
+    root = tmp_path / "root"
+    benchmark = trees.publish("voc", root, tmp_path / "archives")
+    before = {
+        split: {item.name: voc.read_label(item.label).tolist() for item in items}
+        for split, items in voc.list_items(root).items()
+    }
+    folder = root / "VOCdevkit/VOC2012/SegmentationClassAug"
+    for name in (*before["train"], *before["val"]):
+        labels = trees.voc_labels(name)
+        labels[labels == 255] = 0
+        folder.mkdir(exist_ok=True)
+        Image.fromarray(labels).save(folder / f"{name}.png")
+    shutil.rmtree(root / "benchmark_RELEASE")
+    after = {
+        split: {item.name: voc.read_label(item.label).tolist() for item in items}
+        for split, items in voc.list_items(root).items()
+    }
+    assert after == before
+    assert missing_archives(benchmark, root) == []
+    prepare_benchmark(benchmark, root)
+    assert len(open_dataset("voc", root, "train")) == len(before["train"])

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from cliptteacher import fusion, glm, inference, kmeans, losses, metrics, plm, vla
+from cliptteacher import fusion, glm, inference, kmeans, logits, losses, metrics, plm, vla
 from cliptteacher.clip import prompts, tokenizer
 from cliptteacher.clip.model import CLIPConfig
 from cliptteacher.framework import CLIPTeacherConfig
-from cliptteacher.training import optimizer, schedule
+from cliptteacher.training import optimizer
 
 ROOMS = [
     # Section 3.3 and 4.2: two scales of centres, ten Lloyd iterations, lambda = 0.8
@@ -49,42 +49,40 @@ ROOMS = [
     (plm.unannotated_share, {"ignore_index": 255}),
     (plm.merge_labels, {"ignore_index": 255}),
     (plm.generate_loss, {"kind": "mse"}),
-    (plm.score_classes, {"scale": 1.0, "similarity": "dot", "present": None}),
+    (logits.pixel_logits, {"scale": 1.0, "similarity": "dot", "present": None}),
     (plm.pixel_cross_entropy, {"seen_competition": True, "over_processes": False}),
+    (plm.PixelLearningModule, {"config": None}),
     (
-        plm.PixelLearningModule,
+        plm.PLMConfig,
         {
+            "tokens": "projected",
             "scales": (3, 7),
             "seeding": "grid",
-            "iterations": 10,
-            "threshold": 0.8,
-            "ignored_share": 0.5,
-            "slots": None,
-            "scope": "batch",
-            "adapter": "decoder",
-            "heads": 8,
-            "generate": "mse",
-            "similarity": "dot",
-            "scale": 1.0,
+            "kmeans_iterations": 10,
+            "fusion_threshold": 0.8,
+            "potential_slots": None,
+            "potential_scope": "batch",
+            "pseudo_similarity": "dot",
+            "pseudo_scale": 1.0,
             "detach_prototypes": False,
             "seen_competition": True,
             "over_processes": False,
+            "adapter": "decoder",
+            "generate_loss": "mse",
         },
     ),
     # Section 3.4 and the evaluation of the benchmarks
-    (inference.pixel_logits, {"logit_scale": 1.0, "cosine": False}),
     (
         inference.Predictor,
         {
             "unseen": (),
             "gamma": 1.5,
             "logit_scale": 1.0,
-            "logits": "dot",
+            "similarity": "dot",
             "mode": "whole",
             "window": 512,
             "stride": 426,
             "window_batch": 4,
-            "short_side": None,
             "resize": None,
             "size_divisor": 1,
         },
@@ -95,7 +93,10 @@ ROOMS = [
     (tokenizer.tokenize, {"context_length": 77, "truncate": False}),
     (prompts.class_prompts, {"templates": "single"}),
     (prompts.class_text_features, {"templates": "single"}),
-    (CLIPConfig.from_state_dict, {"activation": "quick_gelu"}),
+    (
+        CLIPConfig.from_state_dict,
+        {"activation": "quick_gelu", "vision_heads": None, "text_heads": None},
+    ),
     (
         CLIPConfig,  # ViT-B/16
         {
@@ -109,10 +110,11 @@ ROOMS = [
             "text_width": 512,
             "text_layers": 12,
             "activation": "quick_gelu",
+            "vision_heads": None,
+            "text_heads": None,
         },
     ),
     # The default schedule of the toolbox that the paper names
-    (schedule.learning_rate_factor, {"warmup_start": 1e-6, "power": 1.0}),
     (
         optimizer.parameter_groups,
         {
@@ -124,7 +126,7 @@ ROOMS = [
         CLIPTeacherConfig,
         {
             "templates": "single",
-            "logits": "dot",
+            "similarity": "dot",
             "logit_scale": 1.0,
             "glm_pooling": "attention",
             "glm_windows": (1,),
@@ -136,15 +138,14 @@ ROOMS = [
             "seeding": "grid",
             "kmeans_iterations": 10,
             "fusion_threshold": 0.8,
-            "ignored_share": 0.5,
             "potential_slots": None,
             "potential_scope": "batch",
-            "pseudo_logits": "dot",
+            "pseudo_similarity": "dot",
             "pseudo_scale": 1.0,
             "detach_prototypes": False,
             "seen_competition": True,
+            "over_processes": False,
             "adapter": "decoder",
-            "adapter_heads": 8,
             "generate_loss": "mse",
             "global_weight": 1.0,
             "ce_weight": 1.0,
@@ -153,7 +154,6 @@ ROOMS = [
             "generate_weight": 1.0,
             "auxiliary_weight": 0.0,
             "distill_weight": 0.0,
-            "global_prototypes": False,
         },
     ),
 ]

@@ -1,6 +1,7 @@
 """The whole training step: its terms, its frozen teacher, and every parameter it moves."""
 
 import copy
+import dataclasses
 import itertools
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from tiny import tiny_clip, tiny_student
+from tiny import TinyStudent, tiny_clip, tiny_student
 from torch import Tensor
 
 from cliptteacher.clip import class_text_features
@@ -21,12 +22,13 @@ from cliptteacher.framework import (
 )
 from cliptteacher.glm import GlobalLearningModule
 from cliptteacher.losses import nel
-from cliptteacher.plm import resize_nearest
+from cliptteacher.plm import PLMConfig, resize_nearest
+from cliptteacher.vla import MLPAdapter
 
 NAMES = ("cat", "grass", "boat")
 TERMS = ("global", "ce", "focal", "dice", "generate")
 KEYS = (*TERMS, "total")
-SMALL = {"scales": (1, 2), "kmeans_iterations": 2, "adapter_heads": 2}
+SMALL = {"scales": (1, 2), "kmeans_iterations": 2}
 
 
 def build(**options: Any) -> CLIPTeacher:
@@ -116,7 +118,7 @@ def test_windows_have_cls_tokens_and_banks_of_their_own() -> None:
         expected.append(GlobalLearningModule()(torch.stack(maps), torch.stack(tokens)))
     found = model(images, labels)["global"]
     torch.testing.assert_close(found, 3 * (expected[0] + expected[1]) / 2)
-    assert [len(module.bank.rows()) for module in model.glm] == [len(images), 4 * len(images)]
+    assert [int(module.bank.filled) for module in model.glm] == [len(images), 4 * len(images)]
 
 
 def cut(maps: Tensor, n: int, row: int, column: int) -> Tensor:
@@ -138,41 +140,30 @@ def test_every_option_reaches_its_room() -> None:
         "glm_pooling": "mean",
         "bank_size": 5,
         "temperature": 0.3,
+        "tokens": "final",
         "scales": (2, 4),
         "seeding": "sliding",
         "kmeans_iterations": 3,
         "fusion_threshold": 0.65,
-        "ignored_share": 0.25,
         "potential_slots": 6,
         "potential_scope": "image",
-        "pseudo_logits": "cosine",
+        "pseudo_similarity": "cosine",
         "pseudo_scale": 4.0,
         "detach_prototypes": True,
         "seen_competition": False,
+        "over_processes": True,
+        "adapter": "mlp",
         "generate_loss": "bce",
-        "adapter_heads": 4,
     }
+    names = {field.name for field in dataclasses.fields(PLMConfig)}
+    assert names <= set(options)
     model = build(**options)
-    glm, plm = model.glm[0], model.plm
-    found = {
-        "glm_pooling": glm.pooling,
-        "bank_size": glm.bank._batches.maxlen,
-        "temperature": glm.temperature,
-        "scales": plm.scales,
-        "seeding": plm.seeding,
-        "kmeans_iterations": plm.iterations,
-        "fusion_threshold": plm.threshold,
-        "ignored_share": plm.ignored_share,
-        "potential_slots": plm.slots,
-        "potential_scope": plm.scope,
-        "pseudo_logits": plm.similarity,
-        "pseudo_scale": plm.scale,
-        "detach_prototypes": plm.detach_prototypes,
-        "seen_competition": plm.seen_competition,
-        "generate_loss": plm.generate,
-        "adapter_heads": plm.adapter.attend_self.heads,
+    glm = model.glm[0]
+    assert (glm.pooling, glm.bank.size, glm.temperature) == ("mean", 5, 0.3)
+    assert {name: getattr(model.plm.config, name) for name in names} == {
+        name: options[name] for name in names
     }
-    assert found == options
+    assert type(model.plm.adapter) is MLPAdapter
 
 
 def test_the_teacher_records_no_gradient_even_for_images_that_do() -> None:
@@ -239,7 +230,7 @@ def test_the_teacher_is_no_part_of_the_module() -> None:
     assert not teacher & {id(p) for p in model.parameters()}
     assert not teacher & {id(b) for b in model.buffers()}
     assert not {id(m) for m in model.clip.modules()} & {id(m) for m in model.modules()}
-    assert {name.split(".")[0] for name in model.state_dict()} == {"segmenter", "plm"}
+    assert {name.split(".")[0] for name in model.state_dict()} == {"segmenter", "plm", "glm"}
 
 
 def test_the_teacher_stays_frozen_and_in_eval_mode() -> None:
@@ -265,6 +256,56 @@ def test_the_teacher_moves_with_the_module() -> None:
     assert {tensor.dtype for tensor in found} == {torch.float64}
     model.to("meta")
     assert {tensor.device.type for tensor in model.clip.parameters()} == {"meta"}
+
+
+def test_the_names_are_encoded_on_the_device_of_the_teacher() -> None:
+    """A device without numbers: a tensor of the host would meet one of the device and raise."""
+    model = CLIPTeacher(tiny_clip().to("meta"), tiny_student(), NAMES, CLIPTeacherConfig(**SMALL))
+    assert model.seen_text.device.type == "meta"
+    assert {p.device.type for p in model.parameters()} == {"cpu"}  # until model.to(device)
+
+
+def test_the_state_dict_is_enough_to_go_on(tmp_path: Path) -> None:
+    """Student, adapter and CLS banks: a fresh module continues with equal losses, bit for bit."""
+    options = {"glm_windows": (1, 2), "bank_size": 3}
+    model = build(**options)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+
+    def step(module: CLIPTeacher, seed: int) -> dict[str, Tensor]:
+        module.zero_grad()
+        losses = module(*batch(seed=seed))
+        losses["total"].backward()
+        return losses
+
+    for seed in range(5):
+        step(model, seed)
+        optimizer.step()
+    state = model.state_dict()
+    banks = {key: value.shape for key, value in state.items() if key.endswith("bank.tokens")}
+    assert banks == {"glm.0.bank.tokens": (6, 16), "glm.1.bank.tokens": (24, 16)}
+    torch.save(state, tmp_path / "run.pt")
+    torch.manual_seed(9)
+    fresh = CLIPTeacher(
+        tiny_clip(), TinyStudent(), NAMES, CLIPTeacherConfig(**{**SMALL, **options})
+    )
+    assert not torch.equal(step(fresh, 4)["total"], step(model, 4)["total"])
+    model.load_state_dict(state := torch.load(tmp_path / "run.pt", weights_only=True))
+    fresh.load_state_dict(state)
+    second = torch.optim.SGD(fresh.parameters(), lr=0.01)
+    for seed in range(5, 8):
+        expected, found = step(model, seed), step(fresh, seed)
+        optimizer.step()
+        second.step()
+        assert all(torch.equal(found[key], expected[key]) for key in KEYS)
+
+
+def test_parts_reach_every_bank() -> None:
+    model = build(glm_windows=(1, 2), bank_size=3)
+    images, labels = batch(B=4)
+    for part in (slice(0, 2), slice(2, 4)):
+        model(images[part], labels[part], parts=2)
+    assert [module.bank.tokens.shape[0] for module in model.glm] == [12, 48]
+    assert [int(module.bank.filled) for module in model.glm] == [4, 16]
 
 
 def test_the_text_features_are_those_of_the_seen_names() -> None:
@@ -310,7 +351,12 @@ def test_extreme_labels_stay_finite_and_use_every_parameter(ce: str, fill: int) 
 OPTIONS = [
     {"tokens": "final"},
     {"potential_scope": "image", "potential_slots": 3},
-    {"logits": "cosine", "logit_scale": 10.0, "pseudo_logits": "cosine", "pseudo_scale": 10.0},
+    {
+        "similarity": "cosine",
+        "logit_scale": 10.0,
+        "pseudo_similarity": "cosine",
+        "pseudo_scale": 10.0,
+    },
     {"detach_prototypes": True, "seen_competition": False},
     {"generate_loss": "bce"},
     {"glm_pooling": "max", "bank_size": 0},
@@ -384,11 +430,6 @@ def test_a_student_of_another_width(weight: float) -> None:
     model = CLIPTeacher(tiny_clip(), tiny_student(channels=10), NAMES, config)
     with pytest.raises(ValueError, match=r"10.*channels=clip\.embed_dim"):
         model(*batch())
-
-
-def test_heads_that_do_not_divide_the_width() -> None:
-    with pytest.raises(ValueError, match="must divide the 16 channels, got 5"):
-        build(adapter_heads=5)
 
 
 def rank_batch(rank: int) -> tuple[Tensor, Tensor]:

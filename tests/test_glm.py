@@ -9,11 +9,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
+from cliptteacher.distributed import gather_rows
 from cliptteacher.glm import (
     CLSBank,
     GlobalLearningModule,
     attention_weights,
-    gather_cls,
     pool_features,
     split_windows,
 )
@@ -56,6 +56,11 @@ def loop_info_nce(pooled: Tensor, cls: Tensor, negatives: list[list[Tensor]]) ->
         rest = sum((((s / s.norm()).double() @ p) / TAU).exp() for s in others)
         terms.append(-(positive / (positive + rest)).log())
     return torch.stack(terms).mean()
+
+
+def held(bank: CLSBank) -> Tensor:
+    """The tokens that count, the newest first."""
+    return bank.tokens[bank.valid()]
 
 
 def others(history: list[Tensor], size: int) -> list[list[Tensor]]:
@@ -142,7 +147,7 @@ def test_a_bank_over_26_iterations_equals_the_loop_in_float64(pooling: str) -> N
         history.append(cls)
         ours, loop = features.clone().requires_grad_(), features.clone().requires_grad_()
         loss = module(ours, cls)
-        assert len(module.bank.rows()) == 2 * min(iteration, 24)
+        assert len(held(module.bank)) == 2 * min(iteration, 24)
         if iteration not in (1, 2, 24, 25, 26):
             continue
         rows = others(history, 24)
@@ -184,7 +189,7 @@ def test_negatives_are_the_last_24_iterations_but_the_own_token() -> None:
         features, cls = random_step(100 + iteration)
         history.append(cls)
         loss = module(features, cls).double()
-        assert len(module.bank.rows()) == 3 * min(iteration, 24)
+        assert len(held(module.bank)) == 3 * min(iteration, 24)
         if iteration in (1, 2, 24, 25, 26):
             pooled = loop_pool(features, cls, "attention")
             torch.testing.assert_close(
@@ -195,22 +200,64 @@ def test_negatives_are_the_last_24_iterations_but_the_own_token() -> None:
                 assert abs(float(longer - loss)) > 1e-3
 
 
-def test_the_bank_holds_the_newest_first_and_takes_any_batch_size() -> None:
+def test_the_bank_holds_the_newest_first() -> None:
     bank = CLSBank(3)
-    batches = [torch.full((n, 2), float(n)) for n in (1, 4, 2, 3)]
-    for batch in batches:
+    for value in (1.0, 2.0, 3.0, 4.0):
+        bank.insert(torch.full((2, 3), value))
+        assert bank.tokens.shape == (6, 3)
+    assert held(bank)[:, 0].tolist() == [4.0, 4.0, 3.0, 3.0, 2.0, 2.0]
+
+
+def test_a_larger_batch_enlarges_the_bank_and_a_smaller_one_displaces_its_own_rows() -> None:
+    bank, history = CLSBank(3), torch.zeros(0, 2)
+    for number, B in enumerate((2, 1, 4, 2, 3, 4, 4)):
+        batch = torch.full((B, 2), float(number))
         bank.insert(batch)
-    assert torch.equal(bank.rows(), torch.cat([batches[3], batches[2], batches[1]]))
+        history = torch.cat((batch, history))
+        rows = 6 if number < 2 else 12
+        assert bank.tokens.shape == (rows, 2)
+        history = history[:rows]
+        assert torch.equal(held(bank), history)
 
 
 def test_varying_batch_sizes_equal_the_loop() -> None:
-    module = GlobalLearningModule("mean", bank_size=3)
-    history: list[Tensor] = []
+    """The negatives are all rows of the bank but the token of the image itself."""
+    module, history = GlobalLearningModule("mean", bank_size=3), torch.zeros(0, 6)
     for seed, B in enumerate((2, 5, 1, 3, 2)):
         features, cls = random_step(seed, B=B)
-        history.append(cls)
-        expected = loop_info_nce(loop_pool(features, cls, "mean"), cls, others(history, 3))
+        history = torch.cat((cls, history))[: 6 if seed == 0 else 15]
+        negatives = [[row for j, row in enumerate(history.double()) if j != i] for i in range(B)]
+        expected = loop_info_nce(loop_pool(features, cls, "mean"), cls, negatives)
         torch.testing.assert_close(module(features, cls).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_parts_of_an_iteration_fill_the_bank_like_the_whole(size: int) -> None:
+    """Gradient accumulation: the bank spans iterations, not calls."""
+    whole, parts = GlobalLearningModule(bank_size=size), GlobalLearningModule(bank_size=size)
+    for iteration in range(5):
+        features, cls = random_step(iteration, B=4)
+        whole(features, cls)
+        for part in (slice(0, 2), slice(2, 4)):
+            parts(features[part], cls[part], parts=2)
+        assert whole.bank.tokens.shape == parts.bank.tokens.shape == (4 * size, 6)
+        # The order is another: the newest part comes first.
+        blocks = held(parts.bank).reshape(-1, 2, 2, 6).flip(1).reshape(-1, 6)
+        assert torch.equal(blocks, held(whole.bank))
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_the_last_part_of_an_iteration_has_all_its_negatives(size: int) -> None:
+    module = GlobalLearningModule(bank_size=size)
+    for iteration in range(5):
+        features, cls = random_step(iteration, B=4)
+        module(features[:2], cls[:2], parts=2)
+        loss = module(features[2:], cls[2:], parts=2)
+    rows = held(module.bank).double()
+    assert len(rows) == 4 * size
+    negatives = [[row for j, row in enumerate(rows) if j != i] for i in range(2)]
+    expected = loop_info_nce(loop_pool(features[2:], cls[2:], "attention"), cls[2:], negatives)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("size", [0, 1])
@@ -219,7 +266,7 @@ def test_size_0_and_1_keep_the_current_batch_alone(size: int) -> None:
     module(*random_step(0))
     features, cls = random_step(1)
     loss = module(features, cls).double()
-    assert torch.equal(module.bank.rows(), cls)
+    assert torch.equal(held(module.bank), cls)
     expected = loop_info_nce(loop_pool(features, cls, "attention"), cls, others([cls], 1))
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
 
@@ -272,43 +319,63 @@ def test_the_temperature_reaches_the_loss(temperature: float) -> None:
 def test_a_bank_alone_keeps_no_graph() -> None:
     bank = CLSBank(2)
     bank.insert(torch.randn(2, 3, requires_grad=True) * 2)
-    assert not bank.rows().requires_grad and bank.rows().dtype == torch.float32
+    assert not held(bank).requires_grad and held(bank).dtype == torch.float32
 
 
 def test_the_bank_keeps_no_graph() -> None:
     module = GlobalLearningModule()
     features, cls = random_step(0)
     module(features, cls.requires_grad_())
-    assert not module.bank.rows().requires_grad
+    assert not held(module.bank).requires_grad
 
 
-def test_bank_state_round_trip_through_a_file(tmp_path: Path) -> None:
+def test_the_state_is_the_bank_in_a_fixed_shape() -> None:
+    module = GlobalLearningModule(bank_size=4)
+    assert not list(module.parameters())
+    for step in range(6):
+        module(*random_step(step))
+        state = module.state_dict()
+        assert set(state) == {"bank.tokens", "bank.filled"}
+        assert state["bank.tokens"].shape == (12, 6)
+        assert state["bank.filled"].item() == min(3 * (step + 1), 12)
+
+
+def test_state_round_trip_through_a_file(tmp_path: Path) -> None:
     module = GlobalLearningModule(bank_size=4)
     for seed in range(6):
         module(*random_step(seed))
-    torch.save(module.bank.state_dict(), tmp_path / "bank.pt")
+    torch.save(module.state_dict(), tmp_path / "bank.pt")
     copy = GlobalLearningModule(bank_size=4)
     copy(*random_step(50))  # what it held before is dropped
-    copy.bank.load_state_dict(torch.load(tmp_path / "bank.pt", weights_only=True))
-    assert torch.equal(copy.bank.rows(), module.bank.rows())
-    step = random_step(60)
-    assert torch.equal(copy(*step), module(*step))
-    assert torch.equal(copy.bank.rows(), module.bank.rows())
+    copy.load_state_dict(torch.load(tmp_path / "bank.pt", weights_only=True))
+    assert torch.equal(held(copy.bank), held(module.bank))
+    for seed in range(60, 66):
+        assert torch.equal(copy(*random_step(seed)), module(*random_step(seed)))
+        assert torch.equal(copy.bank.tokens, module.bank.tokens)
 
 
-def test_bank_round_trip_drops_what_was_there_before() -> None:
-    bank, other = CLSBank(4), CLSBank(4)
-    for value in (1.0, 2.0, 3.0):
-        bank.insert(torch.full((2, 3), value))
-    other.insert(torch.full((1, 3), 9.0))
-    bank.load_state_dict(other.state_dict())
-    assert torch.equal(bank.rows(), other.rows())
+def test_an_empty_bank_makes_the_round_trip() -> None:
+    module, copy = GlobalLearningModule(), GlobalLearningModule()
+    copy(*random_step(0))
+    copy.load_state_dict(module.state_dict())
+    assert torch.equal(copy(*random_step(1)), module(*random_step(1)))
 
 
-def test_the_module_has_no_parameters_and_no_state() -> None:
-    module = GlobalLearningModule()
-    module(*random_step(0))
-    assert not list(module.parameters()) and not module.state_dict()
+@pytest.mark.parametrize(("size", "B"), [(1, 3), (2, 3), (6, 3), (4, 1), (4, 5)])
+def test_a_loaded_bank_takes_the_size_and_the_batch_of_the_run_that_goes_on(
+    size: int, B: int
+) -> None:
+    """Saved with 4 iterations of 3 images: the newest of them stay, as many as now fit."""
+    old, bank = CLSBank(4), CLSBank(size)
+    stored = torch.arange(24.0).reshape(12, 2)
+    for first in (9, 6, 3, 0):
+        old.insert(stored[first : first + 3])
+    bank.load_state_dict(old.state_dict())
+    assert torch.equal(held(bank), stored)
+    new = -torch.ones(B, 2)
+    bank.insert(new)
+    assert bank.tokens.shape == (size * B, 2)
+    assert torch.equal(held(bank), torch.cat((new, stored))[: size * B])
 
 
 def test_bfloat16_features_stay_close() -> None:
@@ -322,7 +389,7 @@ def test_bfloat16_features_stay_close() -> None:
 
 def test_alone_nothing_is_gathered() -> None:
     cls = torch.randn(2, 4, requires_grad=True)
-    gathered, first = gather_cls(cls)
+    gathered, first = gather_rows(cls)
     assert torch.equal(gathered, cls) and first == 0 and not gathered.requires_grad
 
 
@@ -342,7 +409,7 @@ def train_on_one_rank(rank: int, folder: str) -> None:
         loss.backward()
         losses.append(loss.detach())
         gradients.append(features.grad)
-    result = {"losses": losses, "gradients": gradients, "bank": module.bank.rows()}
+    result = {"losses": losses, "gradients": gradients, "bank": held(module.bank)}
     torch.save(result, f"{folder}/rank{rank}.pt")
     dist.destroy_process_group()
 
@@ -370,7 +437,7 @@ def test_two_processes_equal_one_with_the_double_batch(tmp_path: Path) -> None:
             torch.testing.assert_close(
                 ranks[r]["losses"][iteration].double(), expected, rtol=1e-5, atol=1e-6
             )
-    assert torch.equal(single.bank.rows(), ranks[0]["bank"])
+    assert torch.equal(held(single.bank), ranks[0]["bank"])
 
 
 def test_shapes_that_do_not_fit() -> None:

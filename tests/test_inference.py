@@ -1,8 +1,6 @@
 """The predictor of section 3.4: by hand, by a per-pixel loop, and its manners."""
 
 from itertools import pairwise
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,13 +12,9 @@ from torch import Tensor, nn
 from cliptteacher.data.transforms import resize_keep_ratio
 from cliptteacher.inference import (
     Predictor,
-    load_segmenter,
-    pixel_logits,
-    upsampled_argmax,
-    window_starts,
 )
-from cliptteacher.segmenters import build_segmenter
-from cliptteacher.training.checkpoint import save_checkpoint
+from cliptteacher.logits import pixel_logits
+from cliptteacher.sliding import window_starts
 
 
 class Student(nn.Module):
@@ -89,33 +83,13 @@ def test_order_of_projection_and_upsampling_does_not_matter(text: Tensor) -> Non
     assert torch.equal(predictor(image), expected.argmax(1))
 
 
-def test_pixel_logits_equal_a_loop(text: Tensor) -> None:
-    features = torch.randn(2, 5, 3, 4)
-    dot, cosine = pixel_logits(features, text, 2.0), pixel_logits(features, text, 2.0, cosine=True)
-    for b in range(2):
-        for a in range(4):
-            for y in range(3):
-                for x in range(4):
-                    r = features[b, :, y, x]
-                    torch.testing.assert_close(dot[b, a, y, x], 2 * (r @ text[a]))
-                    torch.testing.assert_close(cosine[b, a, y, x], 2 * (r @ text[a]) / r.norm())
-
-
-def test_pixel_logits_are_differentiable() -> None:
-    features = torch.randn(1, 3, 2, 2, dtype=torch.float64, requires_grad=True)
-    text = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
-    scale = torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
-    for cosine in (False, True):
-        assert torch.autograd.gradcheck(pixel_logits, (features, text, scale, cosine))
-
-
 def test_cosine_logits_ignore_the_length_of_features(text: Tensor) -> None:
     class Louder(Student):
         def forward(self, images: Tensor) -> Tensor:
             return 50 * super().forward(images)
 
     image = picture(3, 16, 16)
-    quiet, loud = (Predictor(s, text, logits="cosine") for s in (Student(), Louder()))
+    quiet, loud = (Predictor(s, text, similarity="cosine") for s in (Student(), Louder()))
     torch.testing.assert_close(quiet.logits(image), loud.logits(image))
 
 
@@ -181,6 +155,24 @@ def test_batch_equals_single_images(text: Tensor, mode: str) -> None:
         assert torch.equal(predictor(image), label)
 
 
+@pytest.mark.parametrize("mode", ["whole", "slide"])
+def test_results_are_ordinary_tensors(text: Tensor, mode: str) -> None:
+    """What a caller does with them works: assignment in place, and a loss on top of them."""
+    settings = {"mode": mode, "window": 12, "stride": 8, "unseen": [1]}
+    predictor = Predictor(Student(), text, **settings)  # type: ignore[arg-type]
+    image = picture(3, 20, 23)
+    results = (predictor(image), predictor.logits(image), predictor.sweep(image, (0.0, 1.0)))
+    for result in results:
+        assert not result.is_inference() and not result.requires_grad
+        result[result == 1] = 2
+    labels = predictor(image)
+    labels[labels == 1] = 255
+    assert set(labels.unique().tolist()) <= {0, 2, 3, 255}
+    weight = torch.ones(4, 1, 1, requires_grad=True)
+    (predictor.logits(image) * weight).sum().backward()
+    assert weight.grad is not None
+
+
 def test_bytes_equal_floats(text: Tensor) -> None:
     predictor = Predictor(Student(), text)
     image = (picture(3, 12, 12) * 255).to(torch.uint8)
@@ -193,8 +185,8 @@ def test_bytes_equal_floats(text: Tensor) -> None:
         ({}, (30, 44)),
         ({"resize": (64, 20)}, (20, 29)),
         ({"resize": (33, 30)}, (23, 33)),
-        ({"short_side": 60}, (60, 88)),
-        ({"short_side": 60, "size_divisor": 32}, (64, 96)),
+        ({"resize": (120, 60)}, (60, 88)),
+        ({"resize": (120, 60), "size_divisor": 32}, (64, 96)),
         ({"mode": "slide", "window": 30, "stride": 20, "size_divisor": 16}, (32, 32)),
     ],
 )
@@ -232,24 +224,6 @@ def test_mirrored_pixels_leave_the_place_of_the_others(text: Tensor, size: tuple
     predictor = Predictor(PixelByPixel(), text, size_divisor=32)
     expected = pixel_logits(image.repeat(2, 1, 1)[None, :5], F.normalize(text, dim=1))[0]
     assert torch.equal(predictor.logits(image), expected)
-
-
-def test_a_checkpoint_keeps_the_size_divisor(tmp_path: Path) -> None:
-    student = build_segmenter("fpn_small", channels=5)
-    content = {"segmenter_name": "fpn_small", "resize": [40, 30], "size_divisor": 32}
-    trained = load_segmenter(write_checkpoint(tmp_path, student, **content))
-    seen: list[torch.Size] = []
-    trained.segmenter.register_forward_hook(lambda module, args, out: seen.append(args[0].shape))
-    trained.predictor()(picture(3, 60, 80))
-    trained.predictor(size_divisor=1)(picture(3, 60, 80))
-    assert seen == [(1, 3, 32, 64), (1, 3, 30, 40)]
-
-
-@pytest.mark.parametrize("classes", [1, 31, 32, 33, 100])
-def test_argmax_in_chunks_equals_argmax(classes: int) -> None:
-    logits = torch.randn(2, classes, 5, 6)
-    full = F.interpolate(logits, size=(17, 11), mode="bilinear", align_corners=False)
-    assert torch.equal(upsampled_argmax(logits, (17, 11)), full.argmax(1))
 
 
 def test_eval_mode_inside_and_each_mode_restored(text: Tensor) -> None:
@@ -292,12 +266,11 @@ def test_half_precision_students_work(text: Tensor) -> None:
         ({"unseen": [4]}, r"`unseen` must hold label values in 0\.\.3, got \[4\]"),
         ({"unseen": [-1]}, r"got \[-1\]"),
         ({"mode": "tiled"}, '`mode` must be "whole" or "slide", got \'tiled\''),
-        ({"logits": "euclid"}, '`logits` must be "dot" or "cosine", got \'euclid\''),
+        ({"similarity": "euclid"}, '`similarity` must be "dot" or "cosine", got \'euclid\''),
         ({"window": 8, "stride": 9}, r"got stride 9 for windows of 8 pixels"),
         ({"stride": 0}, r"`stride` must lie in 1\.\.window, got stride 0"),
         ({"window_batch": 0}, "`window_batch` must be at least 1, got 0"),
         ({"size_divisor": 0}, "`size_divisor` must be at least 1, got 0"),
-        ({"short_side": 8, "resize": (8, 8)}, "at most one of `short_side` and `resize`"),
     ],
 )
 def test_settings_are_checked(text: Tensor, settings: dict[str, int], message: str) -> None:
@@ -323,61 +296,3 @@ def test_text_features_are_checked(shape: tuple[int, ...]) -> None:
 def test_images_are_checked(text: Tensor, image: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Predictor(Student(), text)(image)
-
-
-def write_checkpoint(folder: Path, segmenter: nn.Module, **changes: Any) -> Path:
-    return save_checkpoint(
-        {
-            "step": 7,
-            "segmenter": segmenter.state_dict(),
-            "segmenter_name": "segformer_nano",
-            "channels": 5,
-            "class_names": ["grass", "sky", "cow", "boat"],
-            "unseen": [2],
-            "text_features": F.normalize(torch.eye(4, 5) + 0.1, dim=1),
-            "gamma": 0.3,
-            "logit_scale": 2.0,
-            "logits": "cosine",
-            "training": {"optimizer": {}},
-            "clip": "miniworld",
-            **changes,
-        },
-        folder,
-    )
-
-
-def test_load_segmenter_gives_back_what_was_trained(tmp_path: Path) -> None:
-    student = build_segmenter("segformer_nano", channels=5).train()
-    path = write_checkpoint(tmp_path, student)
-    trained = load_segmenter(path)
-    assert trained.class_names == ("grass", "sky", "cow", "boat")
-    assert trained.unseen == (2,)
-    assert trained.checkpoint["clip"] == "miniworld"
-    assert "training" not in trained.checkpoint
-    assert not trained.segmenter.training
-    image = picture(3, 32, 48)
-    expected = Predictor(
-        student, trained.text_features, unseen=[2], gamma=0.3, logit_scale=2.0, logits="cosine"
-    )
-    assert torch.equal(trained.predictor().logits(image), expected.logits(image))
-    shifted = trained.predictor(gamma=1.3).logits(image) - trained.predictor().logits(image)
-    torch.testing.assert_close(shifted[2], torch.ones(32, 48))
-    assert not shifted[[0, 1, 3]].any()
-
-
-def test_load_segmenter_fills_a_foreign_network(tmp_path: Path) -> None:
-    path = write_checkpoint(tmp_path, Student(), segmenter_name="my own")
-    other = Student()
-    nn.init.zeros_(other.conv.weight)
-    assert load_segmenter(path, other).segmenter is other
-    assert torch.equal(other.conv.weight, Student().conv.weight)
-
-
-def test_load_segmenter_rejects_other_weights(tmp_path: Path) -> None:
-    path = write_checkpoint(tmp_path, Student())
-    with pytest.raises(
-        ValueError, match=r"(?s)must fit the segmenter 'segformer_nano'.*as `segmenter`"
-    ):
-        load_segmenter(path)
-    with pytest.raises(FileNotFoundError, match=r"none\.pt does not exist"):
-        load_segmenter(tmp_path / "none.pt")

@@ -4,7 +4,6 @@ import dataclasses
 import importlib.util
 import sys
 from collections.abc import Iterator
-from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,9 +18,10 @@ from cliptteacher.clip import class_text_features
 from cliptteacher.data import MiniWorld, SeenOnly, TrainingStream, training_transform
 from cliptteacher.data.miniworld import CLASS_NAMES, UNSEEN_NAMES
 from cliptteacher.data.splits import SegmentationDataset
+from cliptteacher.distributed import Process
 from cliptteacher.framework import CLIPTeacher, CLIPTeacherConfig
 from cliptteacher.training.config import TrainConfig
-from cliptteacher.training.distributed import Process
+from cliptteacher.training.loading import build_loader
 
 UNSEEN = tuple(CLASS_NAMES.index(name) for name in UNSEEN_NAMES)
 SEEN = tuple(i for i in range(len(CLASS_NAMES)) if i not in UNSEEN)
@@ -144,7 +144,7 @@ def things_within(root: object) -> Iterator[Any]:
 
 def build_model() -> CLIPTeacher:
     torch.manual_seed(0)
-    config = CLIPTeacherConfig(scales=(1, 2), adapter_heads=2)
+    config = CLIPTeacherConfig(scales=(1, 2))
     return CLIPTeacher(tiny_clip(), tiny_student(), SeenOnly(Telltale()).class_names, config)
 
 
@@ -179,7 +179,7 @@ def test_the_model_holds_no_unseen_index() -> None:
 @pytest.mark.parametrize("templates", ["single", "ensemble"])
 def test_the_model_holds_no_unseen_text_feature(templates: str) -> None:
     torch.manual_seed(0)
-    config = CLIPTeacherConfig(scales=(1, 2), adapter_heads=2, templates=templates)
+    config = CLIPTeacherConfig(scales=(1, 2), templates=templates)
     model = CLIPTeacher(tiny_clip(), tiny_student(), SeenOnly(Telltale()).class_names, config)
     unseen = class_text_features(model.clip, UNSEEN_NAMES, templates)
     seen = class_text_features(model.clip, [CLASS_NAMES[i] for i in SEEN], templates)
@@ -202,7 +202,7 @@ def test_the_model_holds_no_unseen_text_feature(templates: str) -> None:
 def small_config(**changes: Any) -> TrainConfig:
     settings = {
         "iterations": 4, "batch_size": 4, "crop": 48, "resize": (64, 64), "ratio": (1.0, 1.0),
-        "photometric": False, "max_class_share": 0.5,
+        "photometric": False,
     }  # fmt: skip
     return TrainConfig(**{**settings, **changes})
 
@@ -210,9 +210,10 @@ def small_config(**changes: Any) -> TrainConfig:
 ALONE = Process(0, 0, 1, torch.device("cpu"))
 
 
-def test_the_loader_of_the_program_shows_seen_labels_only() -> None:
-    train = load_program("train")
-    loader = train.build_loader(SeenOnly(Telltale()), small_config(), ALONE, 0)
+def test_the_loader_of_training_shows_seen_labels_only() -> None:
+    augment = training_transform(48, scale=(64, 64), ratio=(1.0, 1.0), photometric=False)
+    stream = TrainingStream(SeenOnly(Telltale()), augment, seed=0)
+    loader = build_loader(stream, range(4), 4, 0, ALONE)
     batches = list(loader)
     assert len(batches) == 4
     truths = torch.cat([images[:, 0] for images, _ in batches])
@@ -233,20 +234,19 @@ def test_the_program_trains_on_seen_names_and_labels(
             named.append(tuple(names))
             super().__init__(clip, segmenter, names, *rest)
 
-        def forward(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        def forward(self, images: Tensor, labels: Tensor, parts: int = 1) -> dict[str, Tensor]:
             labelled.append(torch.stack((images[:, 0], labels)))
-            return super().forward(images, labels)
+            return super().forward(images, labels, parts)
 
     def open_telltale(kind: str, root: Any, split: str, **_: Any) -> SegmentationDataset:
         return Telltale(4) if split == "train" else MiniWorld(split, 32, 2)
 
     monkeypatch.setattr(train, "CLIPTeacher", Watched)
     monkeypatch.setattr(train, "open_dataset", open_telltale)
-    monkeypatch.setattr(import_module("scoring"), "open_dataset", open_telltale)
     monkeypatch.setattr(train, "load_clip", lambda *_, **__: tiny_clip())
     monkeypatch.setattr(train, "build_segmenter", lambda *_, **__: tiny_student())
-    config = small_config(iterations=2, output=str(tmp_path / "run"), eval_split="val")
-    method = CLIPTeacherConfig(scales=(1, 2), adapter_heads=2)
+    config = small_config(iterations=2, output=str(tmp_path / "run"))
+    method = CLIPTeacherConfig(scales=(1, 2))
     train.train("miniworld", config, method, ALONE)
     assert named == [tuple(CLASS_NAMES[i] for i in SEEN)]
     assert len(labelled) == 2

@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -14,18 +15,22 @@ from cliptteacher.fusion import fuse_clusters
 from cliptteacher.kmeans import masked_kmeans, multiscale_centers
 from cliptteacher.plm import (
     PixelLearningModule,
+    PLMConfig,
     class_prototypes,
     generate_loss,
     merge_labels,
     own_image_ids,
     pixel_cross_entropy,
     resize_nearest,
-    score_classes,
     unannotated_share,
 )
 
 B, C, S = 3, 8, 4
-SCENE = {"scales": (1, 3), "iterations": 3, "threshold": 0.5, "heads": 2}
+SCENE = {"scales": (1, 3), "kmeans_iterations": 3, "fusion_threshold": 0.5}
+
+
+def build(**options: Any) -> PixelLearningModule:
+    return PixelLearningModule(C, PLMConfig(**options))
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -182,43 +187,7 @@ def test_no_present_class_costs_nothing(kind: str) -> None:
     assert loss.item() == 0 and not generated.grad.any()
 
 
-# --- logits and cross entropy -----------------------------------------------------------------
-
-
-def test_dot_scores_equal_a_loop() -> None:
-    features, weights = torch.randn(2, 3, 2, 4), torch.randn(5, 3)
-    scores = score_classes(features, weights, scale=2.5)
-    for b, k, y, x in torch.cartesian_prod(*map(torch.arange, (2, 5, 2, 4))).tolist():
-        expected = 2.5 * (features[b, :, y, x] @ weights[k])
-        torch.testing.assert_close(scores[b, k, y, x], expected)
-
-
-def test_cosine_scores_equal_a_loop() -> None:
-    features, weights = torch.randn(2, 3, 2, 4), torch.randn(5, 3)
-    scores = score_classes(features, weights, scale=2.5, similarity="cosine")
-    for b, k, y, x in torch.cartesian_prod(*map(torch.arange, (2, 5, 2, 4))).tolist():
-        expected = 2.5 * torch.cosine_similarity(features[b, :, y, x], weights[k], dim=0)
-        torch.testing.assert_close(scores[b, k, y, x], expected)
-
-
-@pytest.mark.parametrize("similarity", ["dot", "cosine"])
-def test_per_image_scores_equal_one_image_at_a_time(similarity: str) -> None:
-    features, weights = torch.randn(2, 3, 2, 4), torch.randn(2, 5, 3)
-    present = torch.rand(2, 5) < 0.5
-    scores = score_classes(features, weights, 2.0, similarity, present)
-    for b in range(2):
-        alone = score_classes(features[b : b + 1], weights[b], 2.0, similarity, present[b])
-        torch.testing.assert_close(scores[b : b + 1], alone)
-
-
-def test_absent_classifiers_cannot_win() -> None:
-    features, weights = torch.randn(2, 3, 2, 4), torch.zeros(3, 3)
-    present = torch.tensor([True, False, True])
-    scores = score_classes(features, weights, present=present)
-    assert torch.equal(scores[:, ~present], torch.full((2, 1, 2, 4), -1e4))
-    assert torch.equal(scores[:, present], torch.zeros(2, 2, 2, 4))
-    half = score_classes(features.half(), weights.half(), present=present)
-    assert half.dtype == torch.float16 and half.isfinite().all()
+# --- cross entropy ----------------------------------------------------------------------------
 
 
 def loop_cross_entropy(
@@ -302,18 +271,6 @@ def test_gradcheck_of_the_generate_loss(kind: str) -> None:
     assert torch.autograd.gradcheck(lambda x: generate_loss(x, text, present, kind), leaf(4, 3))
 
 
-@pytest.mark.parametrize("per_image", [False, True])
-@pytest.mark.parametrize("similarity", ["dot", "cosine"])
-def test_gradcheck_of_the_scores(similarity: str, per_image: bool) -> None:
-    present = torch.tensor([True, False, True])
-    present = present.expand(2, 3) if per_image else present
-    weights = leaf(2, 3, 4, seed=1) if per_image else leaf(3, 4, seed=1)
-    assert torch.autograd.gradcheck(
-        lambda features, rows: score_classes(features, rows, 1.5, similarity, present),
-        (leaf(2, 4, 2, 3), weights),
-    )
-
-
 @pytest.mark.parametrize("seen_competition", [True, False])
 def test_gradcheck_of_the_cross_entropy(seen_competition: bool) -> None:
     labels = torch.randint(-1, 5, (2, 2, 3), generator=seeded(2))
@@ -343,8 +300,8 @@ def loop_group_tokens(dense: Tensor, labels: Tensor, options: dict) -> Tensor:
         everything = torch.ones(1, len(places), dtype=torch.bool)
         seeding = options.get("seeding", "grid")
         centers = multiscale_centers(dense[b : b + 1], options["scales"], seeding)
-        clusters = masked_kmeans(points, centers, everything, options["iterations"])
-        groups = fuse_clusters(clusters.centers, clusters.counts > 0, options["threshold"])
+        clusters = masked_kmeans(points, centers, everything, options["kmeans_iterations"])
+        groups = fuse_clusters(clusters.centers, clusters.counts > 0, options["fusion_threshold"])
         for (y, x), cluster in zip(places, clusters.assignment[0].tolist(), strict=True):
             result[b, y, x] = groups[0, cluster]
     return result
@@ -355,8 +312,8 @@ def literal_group_tokens(
     labels: Tensor,
     scales: tuple[int, ...],
     seeding: str,
-    iterations: int,
-    threshold: float,
+    kmeans_iterations: int,
+    fusion_threshold: float,
 ) -> Tensor:
     """Eq. (4)-(5) and Algorithm 1 from loops alone, which share no code with the package."""
     result = torch.full((dense.shape[0], *dense.shape[2:]), -1)
@@ -372,9 +329,9 @@ def literal_group_tokens(
         seeds = [mean for scale in scales for mean in loop_windows(image, scale, seeding)]
         tokens = torch.stack([image[:, y, x] for y, x in places] or [image[:, 0, 0]])
         keep = torch.full((len(tokens),), bool(places))
-        means, owner = loop_kmeans(tokens, torch.stack(seeds), keep, iterations)
+        means, owner = loop_kmeans(tokens, torch.stack(seeds), keep, kmeans_iterations)
         cosines = [[float(a @ c / (a.norm() * c.norm())) for c in means] for a in means]
-        groups = loop_fusion(cosines, [k in owner for k in range(len(means))], threshold)
+        groups = loop_fusion(cosines, [k in owner for k in range(len(means))], fusion_threshold)
         for place, k in zip(places, owner, strict=False):
             result[b][place] = groups[k]
     return result
@@ -388,17 +345,22 @@ def literal_group_tokens(
 def test_pseudo_labels_equal_loops_from_windows_to_groups(
     seeding: str, scales: tuple[int, ...], threshold: float
 ) -> None:
-    options = {"scales": scales, "seeding": seeding, "iterations": 3, "threshold": threshold}
+    options = {
+        "scales": scales,
+        "seeding": seeding,
+        "kmeans_iterations": 3,
+        "fusion_threshold": threshold,
+    }
     _, _, dense, _, labels, _ = random_batch(14)
-    groups, _ = PixelLearningModule(C, heads=2, **options).group_tokens(dense, labels)
+    groups, _ = build(**options).group_tokens(dense, labels)
     assert torch.equal(groups, literal_group_tokens(dense, labels, **options))
     assert (groups[0] == -1).all() and groups[1:].max() >= 3
 
 
 @pytest.mark.parametrize("threshold", [0.2, 0.5, 0.95])
 def test_group_tokens_equal_one_image_at_a_time(threshold: float) -> None:
-    options = {**SCENE, "threshold": threshold}
-    module = PixelLearningModule(C, **options)
+    options = {**SCENE, "fusion_threshold": threshold}
+    module = build(**options)
     for seed in range(3):
         _, _, dense, _, labels, _ = random_batch(seed)
         labels[2, 5:20, 3:21] = 255  # cuts through tokens
@@ -412,14 +374,14 @@ def test_a_token_takes_part_above_the_share_not_at_it() -> None:
     labels = torch.zeros(1, 2, 4, dtype=torch.uint8)
     labels[0, 0, :] = 255  # half of either token
     labels[0, 1, 3] = 255  # three quarters of the second
-    module = PixelLearningModule(C, scales=(1,), heads=2)
+    module = build(scales=(1,))
     groups, _ = module.group_tokens(torch.randn(1, 5, 1, 2), labels)
     assert groups.tolist() == [[[-1, 0]]]
 
 
 def test_targets_join_labels_and_groups_at_the_size_of_the_features() -> None:
     _, _, dense, _, labels, _ = random_batch()
-    module = PixelLearningModule(C, **SCENE)
+    module = build(**SCENE)
     targets = module.make_targets(dense, labels, (6, 6), S)
     groups = loop_group_tokens(dense, labels, SCENE)
     assert targets.slots == 10
@@ -438,7 +400,7 @@ def literal_losses(
     """Eq. (7)-(10) over lists: no slots, no absent classes, no bias."""
     features, seen_logits, dense, cls, labels, text = batch
     ids, slots = module.make_targets(dense, labels, features.shape[2:], S)
-    dot = module.similarity == "dot"
+    dot = module.config.pseudo_similarity == "dot"
     compare = torch.dot if dot else partial(torch.cosine_similarity, dim=0)
     prototypes = loop_prototypes(features, ids, 10**6)
     names = sorted(prototypes)
@@ -446,7 +408,7 @@ def literal_losses(
     made = module.adapter(rows, cls, torch.ones(len(names), dtype=torch.bool))
     P = dict(zip(names, made, strict=True))
     seen_here = [name for name in names if name < S]
-    if module.generate == "mse":
+    if module.config.generate_loss == "mse":
         each = [((P[i] - text[i]) ** 2).sum() for i in seen_here]
     else:  # row i of the identity, one logistic at a time
         each = [
@@ -465,7 +427,7 @@ def literal_losses(
                 for i in (i for i in names if i >= S):
                     mine = (i - S) // slots == b
                     if (mine or scope == "batch") and (competition or own >= S):
-                        scores[i] = module.scale * compare(features[b, :, y, x], P[i])
+                        scores[i] = module.config.pseudo_scale * compare(features[b, :, y, x], P[i])
                 total = torch.stack(list(scores.values())).logsumexp(0)
                 terms.append(total - scores[own])
     return torch.stack(terms).mean(), generate
@@ -476,9 +438,7 @@ def literal_losses(
 @pytest.mark.parametrize("adapter", ["decoder", "identity"])
 def test_losses_equal_a_loop_over_pixels(adapter: str, scope: str, competition: bool) -> None:
     torch.manual_seed(0)
-    module = PixelLearningModule(
-        C, **SCENE, adapter=adapter, scope=scope, seen_competition=competition
-    )
+    module = build(**SCENE, adapter=adapter, potential_scope=scope, seen_competition=competition)
     batch = random_batch(4)
     losses = module(*batch)
     ce, generate = literal_losses(module, batch, scope, competition)
@@ -490,17 +450,22 @@ def test_losses_equal_a_loop_over_pixels(adapter: str, scope: str, competition: 
 @pytest.mark.parametrize(
     "options",
     [
-        {"generate": "bce"},
-        {"similarity": "cosine"},
-        {"scale": 3.0},
-        {"similarity": "cosine", "scale": 10.0, "generate": "bce", "seeding": "window"},
-        {"seeding": "sliding", "scales": (2, 3), "threshold": 0.9},
+        {"generate_loss": "bce"},
+        {"pseudo_similarity": "cosine"},
+        {"pseudo_scale": 3.0},
+        {
+            "pseudo_similarity": "cosine",
+            "pseudo_scale": 10.0,
+            "generate_loss": "bce",
+            "seeding": "window",
+        },
+        {"seeding": "sliding", "scales": (2, 3), "fusion_threshold": 0.9},
     ],
     ids=lambda options: "-".join(options),
 )
 def test_every_option_equals_the_loop(options: dict[str, object], scope: str) -> None:
     torch.manual_seed(0)
-    module = PixelLearningModule(C, **{**SCENE, **options}, scope=scope)
+    module = build(**{**SCENE, **options}, potential_scope=scope)
     batch = random_batch(11)
     losses = module(*batch)
     ce, generate = literal_losses(module, batch, scope, True)
@@ -514,16 +479,16 @@ def test_every_option_equals_the_loop(options: dict[str, object], scope: str) ->
     [("grid", (1, 3), 10), ("window", (2, 3), 20), ("sliding", (2, 3), 85)],
 )
 def test_the_seeding_reaches_the_clusters(seeding: str, scales: tuple[int, ...], K: int) -> None:
-    module = PixelLearningModule(C, **{**SCENE, "seeding": seeding, "scales": scales})
+    module = build(**{**SCENE, "seeding": seeding, "scales": scales})
     _, _, dense, _, labels, _ = random_batch(12)
     groups, num_clusters = module.group_tokens(dense, labels)
     assert num_clusters == K  # of 8 x 8 tokens
-    assert torch.equal(groups, loop_group_tokens(dense, labels, vars(module)))
+    assert torch.equal(groups, loop_group_tokens(dense, labels, vars(module.config)))
 
 
 def test_gradients_equal_those_of_the_loop() -> None:
     torch.manual_seed(0)
-    module = PixelLearningModule(C, **SCENE)
+    module = build(**SCENE)
     batch = random_batch(5)
     leaf, literal = batch[0].clone().requires_grad_(), batch[0].clone().requires_grad_()
     seen = torch.einsum("bchw,kc->bkhw", leaf, batch[5])
@@ -538,7 +503,7 @@ def test_gradients_equal_those_of_the_loop() -> None:
 def test_gradcheck_of_the_module(adapter: str, scope: str) -> None:
     """Prototypes, adapter, logits and both losses in float64, equal to the loop to the digits."""
     torch.manual_seed(0)
-    module = PixelLearningModule(C, **SCENE, adapter=adapter, scope=scope).double()
+    module = build(**SCENE, adapter=adapter, potential_scope=scope).double()
     batch = [part.double() if part.is_floating_point() else part for part in random_batch(13)]
     features = batch[0][:, :, ::2, ::3].contiguous().requires_grad_()  # (B, C, 3, 2)
 
@@ -557,14 +522,20 @@ def test_the_scopes_differ() -> None:
     losses = []
     for scope in ("batch", "image"):
         torch.manual_seed(0)
-        losses.append(PixelLearningModule(C, **SCENE, scope=scope)(*random_batch(4)).ce)
+        losses.append(build(**SCENE, potential_scope=scope)(*random_batch(4)).ce)
     assert losses[1] < losses[0]  # fewer rivals
 
 
 @pytest.mark.parametrize("scope", ["batch", "image"])
 def test_fewer_slots_than_groups_leave_the_later_groups_out(scope: str) -> None:
-    options = {**SCENE, "threshold": 0.95, "slots": 2, "scope": scope, "adapter": "identity"}
-    module = PixelLearningModule(C, **options)
+    options = {
+        **SCENE,
+        "fusion_threshold": 0.95,
+        "potential_slots": 2,
+        "potential_scope": scope,
+        "adapter": "identity",
+    }
+    module = build(**options)
     batch = random_batch(6)
     groups, _ = module.group_tokens(batch[2], batch[4])
     assert groups.max() > 2
@@ -582,7 +553,7 @@ def test_gradients_reach_the_student_through_prototypes_unless_detached(
     term: str, detach: bool
 ) -> None:
     torch.manual_seed(0)
-    module = PixelLearningModule(C, **SCENE, detach_prototypes=detach)
+    module = build(**SCENE, detach_prototypes=detach)
     features, _, dense, cls, labels, text = random_batch(7)
     features.requires_grad_()
     # The pixels of one labelled area; the seen logits carry no gradient here.
@@ -601,7 +572,7 @@ def test_detaching_changes_the_gradient_but_not_the_loss() -> None:
     losses, gradients = [], []
     for detach in (False, True):
         torch.manual_seed(0)
-        module = PixelLearningModule(C, **SCENE, detach_prototypes=detach)
+        module = build(**SCENE, detach_prototypes=detach)
         features, seen_logits, *rest = random_batch(8)
         features.requires_grad_()
         loss = module(features, seen_logits, *rest).ce
@@ -614,7 +585,7 @@ def test_detaching_changes_the_gradient_but_not_the_loss() -> None:
 @pytest.mark.parametrize("fill", [0, 255])
 def test_all_annotated_and_nothing_annotated_stay_finite(fill: int) -> None:
     torch.manual_seed(0)
-    module = PixelLearningModule(C, **SCENE)
+    module = build(**SCENE)
     features, seen_logits, dense, cls, labels, text = random_batch(9)
     features.requires_grad_()
     losses = module(features, seen_logits, dense, cls, torch.full_like(labels, fill), text)
@@ -627,7 +598,7 @@ def test_all_annotated_and_nothing_annotated_stay_finite(fill: int) -> None:
 @pytest.mark.parametrize("scope", ["batch", "image"])
 def test_bfloat16_autocast_stays_close(scope: str) -> None:
     torch.manual_seed(0)
-    module = PixelLearningModule(C, **SCENE, scope=scope)
+    module = build(**SCENE, potential_scope=scope)
     features, seen_logits, dense, cls, labels, text = random_batch(10)
     exact = module(features, seen_logits, dense, cls, labels, text)
     features = features.bfloat16().requires_grad_()

@@ -101,7 +101,7 @@ def write_dataset(root: Path, names: tuple[str, ...], unseen: str) -> None:
 def training(space: Path, output: Path, *more: str) -> list[str]:
     options = f"""--data folder --root {space / "data"} --clip {space / "clip.pt"}
         --segmenter segformer_nano --iterations 4 --batch-size 2 --crop 64 --resize 64 64
-        --checkpoint-interval 2 --keep-checkpoints 10 --eval-interval 2 --log-interval 1
+        --checkpoint-interval 2 --eval-interval 2 --log-interval 1
         --warmup 1 --kmeans-iterations 2 --gamma 1.5 --device cpu --seed 3 --output {output}"""
     return [*options.split(), *more]
 
@@ -178,7 +178,8 @@ def test_a_checkpoint_says_everything_needed_to_predict(trained: tuple[Path, str
     content = load_checkpoint(trained[0])
     assert content["class_names"] == list(NAMES) and content["unseen"] == [NAMES.index(UNSEEN)]
     assert content["text_features"].shape == (4, 32) and content["step"] == 4
-    assert content["gamma"] == 1.5 and len(content["training"]["bank"][0]) == 4
+    assert content["gamma"] == 1.5
+    assert content["training"]["bank"]["glm.0.bank.filled"] == 8  # 4 iterations of 2 images
     assert not any("clip" in name or "visual" in name for name in content["segmenter"])
 
 
@@ -202,7 +203,6 @@ def test_four_iterations_equal_two_and_two_resumed(
     program("train").main(options)
     assert "resumed from step 2" in capsys.readouterr().out
     whole, resumed = load_checkpoint(trained[0]), load_checkpoint(run)
-    assert len(whole["training"]["bank"][0]) == 4
     for part in ("segmenter", "text_features", "training"):
         assert_same(whole[part], resumed[part])
     told = ("step", "total", "pAcc")
@@ -254,7 +254,8 @@ def test_two_processes(space: Path) -> None:
     assert [device["rank"] for device in devices] == [0, 1]
     content = load_checkpoint(run)
     assert len(content["training"]["rng"]) == 2
-    assert [tuple(batch.shape) for batch in content["training"]["bank"][0]] == [(2, 32)] * 4
+    bank = content["training"]["bank"]
+    assert bank["glm.0.bank.filled"] == 8 and bank["glm.0.bank.tokens"].shape == (48, 32)
     again = start(*torchrun, "evaluate.py", "--checkpoint", str(run))
     assert four_scores(again) == four_scores(printed)
 
@@ -384,7 +385,7 @@ def test_a_missing_or_foreign_clip_is_named(
 ) -> None:
     options = f"--checkpoint {trained[0]} --output {tmp_path} --image {space / 'data/images'}"
     ask = [*options.split(), "--classes", "sky, lawn", "--clip"]
-    with pytest.raises(SystemExit, match=r"need its teacher, but .*lost.pt.* with --clip"):
+    with pytest.raises(SystemExit, match=r"need its teacher, but .*lost.pt.*`clip` \(--clip\)"):
         program("predict").main([*ask, str(tmp_path / "lost.pt")])
     wide = CLIPConfig(
         embed_dim=48, image_size=16, patch_size=8, vision_width=64, vision_layers=1,
@@ -411,7 +412,7 @@ def test_predict_without_words_takes_those_of_training(
         torch.from_numpy(np.array(Image.open(image))).permute(2, 0, 1)
     )
     assert np.array_equal(indices, expected.numpy())
-    line = next(line for line in printed.splitlines() if line.startswith("scene4: "))
+    line = next(line for line in printed.splitlines() if line.startswith("1/1  scene4: "))
     for k in np.unique(indices):
         assert f"{NAMES[k]} {100 * (indices == k).mean():.1f}%" in line
     assert str(output / "scene4_overlay.png") in line
@@ -445,9 +446,10 @@ def test_predict_any_words_on_any_images(
     assert stop.value.code == 1
     printed = capsys.readouterr()
     assert "with a bonus of 1.5: wild water, tower" in printed.out
-    assert len(printed.err.splitlines()) == 2
+    assert len(printed.err.splitlines()) == 3
     for name in ("cut.jpg", "text.png"):
         assert f"{photos / name} must be a readable image, but " in printed.err
+    assert f"{photos / 'notes.txt'} is passed over: no ending of an image" in printed.err
     sizes = {path.name: Image.open(path).size for path in output.glob("*_index.png")}
     assert sizes == {
         "turned_index.png": (48, 80),
@@ -460,23 +462,45 @@ def test_predict_any_words_on_any_images(
     assert len(list(output.glob("*_overlay.png"))) == 5
 
 
-def test_known_words_and_the_clip_agree(
-    trained: tuple[Path, str], program: Callable[[str], ModuleType]
-) -> None:
+def test_known_words_and_the_clip_agree(trained: tuple[Path, str]) -> None:
     """A word has the same features from the checkpoint as from the CLIP; order is the caller's."""
-    words, student = program("words"), load_segmenter(trained[0])
-    stored, unread = words.with_words(student, ["Water", "sky"], clip="nowhere")
-    assert unread == [] and stored.unseen == (0,) and stored.class_names == ("Water", "sky")
+    student = load_segmenter(trained[0])
+    stored = student.with_words(["Water", "sky"], clip="nowhere")
+    assert stored.unread == () and stored.unseen == (0,) and stored.class_names == ("Water", "sky")
     assert torch.equal(stored.text_features, student.text_features[[3, 1]])
-    read, _ = words.with_words(student, ["Water", "sky", "a tower"])
+    read = student.with_words(["Water", "sky", "a tower"])
     assert read.unseen == (0, 2)
     torch.testing.assert_close(read.text_features[:2], stored.text_features)
+
+
+def test_clip_alone_predicts_what_evaluation_scores(
+    space: Path,
+    program: Callable[[str], ModuleType],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    """No student: dense tokens against words, the same maps from both programs."""
+    (tmp_path / "words.txt").write_text("\n".join(NAMES))
+    clip = ["--clip-only", "--clip", str(space / "clip.pt")]
+    image = ["--image", str(space / "data" / "images" / "scene4.png")]
+    words = ["--classes", str(tmp_path / "words.txt"), "--output", str(tmp_path)]
+    program("predict").main([*clip, *image, *words])
+    data = ["--root", str(space / "data"), "--save-dir", str(tmp_path / "scored")]
+    program("evaluate").main([*clip, *data])
+    assert "on " in capsys.readouterr().out
+    maps = [
+        np.array(Image.open(path))
+        for path in (tmp_path / "scene4_index.png", tmp_path / "scored" / "scene4.png")
+    ]
+    assert np.array_equal(*maps)
+    with pytest.raises(SystemExit, match="--clip-only needs a CLIP and words"):
+        program("predict").main([*clip, *image, "--output", str(tmp_path)])
 
 
 @pytest.mark.parametrize(
     ("classes", "message"),
     [
-        (" , ", "--classes must hold 1 to 255 different words, got 0"),
+        (" , ", "the words must be 1 to 255 different words, got 0"),
         ("cat, dog, cat", "different words, got cat twice"),
     ],
 )
@@ -496,7 +520,7 @@ def test_words_are_checked(
     ("image", "output", "message"),
     [
         ("missing.jpg", "out", r"the image .*missing.jpg does not exist; check --image"),
-        ("empty", "out", r"empty must hold an image \(.jpg, .*, got none"),
+        ("empty", "out", r"empty must hold an image, got none of .*\.jpg"),
         ("empty", "empty", "--output must not be the directory of the images"),
     ],
 )

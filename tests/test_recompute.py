@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 import torch
+from cliptteacher.training.recompute import checkpoint_activations
 
 from cliptteacher.segmenters import build_segmenter
-from cliptteacher.training.recompute import checkpoint_activations
 
 
 def step(name: str, recompute: bool) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -1,8 +1,8 @@
 """CLIP's dense tokens as if they were a student's features: what the teacher can do alone.
 
 No part of the method (section 3.4 of arXiv:2310.02296v1 needs no CLIP at inference), but the
-first baseline to ask for: ``Predictor(DenseTokens(clip), text, logits="cosine")`` labels every
-pixel with the class whose text feature is nearest to its token.
+first baseline to ask for: ``Predictor(DenseTokens(clip), text, similarity="cosine")`` labels
+every pixel with the class whose text feature is nearest to its token.
 
 Cost: one pass of CLIP's image encoder.
 """

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .model import CLIP
-from .tokenizer import load_tokenizer, tokenize
+from .tokenizer import clean_text, load_tokenizer, tokenize
 
 SINGLE = ("a photo of a {}.",)
 ENSEMBLE = (
@@ -96,16 +96,17 @@ def clean_class_name(name: str) -> str:
     """Write a data set's class name as plain words.
 
     A "-other" or "-stuff" at the end tells a data set's classes apart and says nothing about the
-    picture, so it is dropped; other hyphens become blanks.
+    picture, so it is dropped; other hyphens and underscores become blanks.
 
     Raises:
         ValueError: if nothing is left.
 
-    >>> clean_class_name("wall-concrete"), clean_class_name("desk-stuff")
-    ('wall concrete', 'desk')
+    >>> clean_class_name("wall-concrete"), clean_class_name("dining_table")
+    ('wall concrete', 'dining table')
     """
-    words = name.strip().removesuffix("-other").removesuffix("-stuff").replace("-", " ").split()
-    if not words:
+    plain = name.strip().removesuffix("-other").removesuffix("-stuff")
+    words = plain.replace("-", " ").replace("_", " ").split()
+    if not any(character.isalnum() for character in clean_text(" ".join(words))):
         raise ValueError(f"a class name must hold at least one word, got {name!r}")
     return " ".join(words)
 
@@ -115,7 +116,7 @@ def spell_class_name(word: str) -> str:
     return clean_class_name(word).lower()
 
 
-def unread_words(clip: CLIP, words: Sequence[str]) -> list[str]:
+def unread_words(clip: CLIP, words: Sequence[str]) -> tuple[str, ...]:
     """List the words with a token that the CLIP was never trained on.
 
     A CLIP of `pretrain_clip.py` has zero rows for all tokens that no caption held. OpenAI's has
@@ -123,7 +124,7 @@ def unread_words(clip: CLIP, words: Sequence[str]) -> list[str]:
     """
     read = clip.token_embedding.weight.any(dim=1)
     encode = load_tokenizer().encode
-    return [word for word in words if not bool(read[encode(clean_class_name(word))].all())]
+    return tuple(word for word in words if not read[encode(clean_class_name(word))].all())
 
 
 def _resolve_templates(templates: Templates) -> Sequence[str]:

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from .folder import FolderDataset as FolderDataset
     from .miniworld import MiniWorld as MiniWorld
     from .prepare import prepare_benchmark as prepare_benchmark
-    from .splits import IGNORE_INDEX as IGNORE_INDEX
     from .splits import ClassSplit as ClassSplit
     from .splits import SeenOnly as SeenOnly
     from .splits import SegmentationDataset as SegmentationDataset
@@ -26,7 +25,6 @@ _HOME = {
     "Benchmark": "benchmark",
     "ClassSplit": "splits",
     "FolderDataset": "folder",
-    "IGNORE_INDEX": "splits",
     "MiniWorld": "miniworld",
     "SeenOnly": "splits",
     "SegmentationDataset": "splits",

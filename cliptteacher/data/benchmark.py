@@ -16,7 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-IGNORE = 255  # of the index PNGs that are written
+from .. import IGNORE_INDEX
+from ..files import read_text
+
 _INVALID = -1
 
 
@@ -40,6 +42,7 @@ class Archive:
         megabytes: about how large the file is, 0 if that is not known.
         unpacked: about how many megabytes it becomes.
         md5: checksum, where one is published.
+        instead: path below the root that makes the archive unnecessary, if there is one.
     """
 
     urls: tuple[str, ...]
@@ -48,6 +51,7 @@ class Archive:
     megabytes: int
     unpacked: int
     md5: str | None = None
+    instead: str | None = None
 
     @property
     def file(self) -> str:
@@ -92,7 +96,7 @@ def label_table(train_ids: Mapping[int, int], largest: int) -> NDArray[np.int16]
     Returns:
         Table, int16 (largest + 1,).
     """
-    table = np.full(largest + 1, IGNORE, dtype=np.int16)
+    table = np.full(largest + 1, IGNORE_INDEX, dtype=np.int16)
     table[list(train_ids)] = list(train_ids.values())
     return table
 
@@ -150,4 +154,4 @@ def read_names(path: Path) -> list[str]:
             f"{path} must list the images of a split, but there is no such file; "
             "the official archive has it"
         )
-    return path.read_text(encoding="utf-8").split()
+    return read_text(path).split()

@@ -15,9 +15,7 @@ from .voc import VOC
 BENCHMARKS = {benchmark.name: benchmark for benchmark in (VOC, COCO_STUFF, PASCAL_CONTEXT)}
 
 
-def open_dataset(
-    kind: str, root: str | Path | None, split: str, *, cache: bool = True
-) -> SegmentationDataset:
+def open_dataset(kind: str, root: str | Path | None, split: str) -> SegmentationDataset:
     """Open a split of a data set.
 
     Args:
@@ -25,7 +23,6 @@ def open_dataset(
             ``examples/prepare_data.py`` has prepared: "voc", "coco_stuff", "pascal_context".
         root: folder of the data set.
         split: such as "train" or "val"; "train" of VOC is its augmented training set.
-        cache: keep decoded images in memory; for small data sets, hence not done for benchmarks.
 
     Raises:
         ValueError: the kind is unknown, it needs a root and none was given, or the root holds
@@ -33,14 +30,14 @@ def open_dataset(
         FileNotFoundError: the benchmark has not been prepared there.
     """
     if kind == "miniworld":
-        return MiniWorld(split, cache=cache)
+        return MiniWorld(split)
     if kind != "folder" and kind not in BENCHMARKS:
         kinds = ", ".join(f'"{name}"' for name in ("miniworld", "folder", *BENCHMARKS))
         raise ValueError(f"the kind of data must be one of {kinds}, got {kind!r}")
     if root is None:
         raise ValueError(f"data of the kind {kind!r} needs a root, got none; give its folder")
     if kind == "folder":
-        return FolderDataset(root, split, cache=cache)
+        return FolderDataset(root, split)
     return _open_benchmark(BENCHMARKS[kind], Path(root), split)
 
 

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-from ..files import Progress
+from ..files import Progress, read_text
 from .benchmark import Benchmark
-from .folder import IMAGE_SUFFIXES, FolderDataset
+from .folder import FolderDataset, composed, image_suffixes
 from .parallel import parallel_map
 from .prepare import missing_archives
 
@@ -103,11 +103,15 @@ def _read_lines(path: Path) -> list[str]:
 
 def _read_splits(root: Path, report: Report) -> dict[str, list[str]]:
     """Read the names of each split; a text file that names no image is none."""
-    images = {path.stem for path in root.glob("images/*")}
+    images = {composed(path.stem) for path in root.glob("images/*")}
     names: dict[str, list[str]] = {}
     for path in sorted(root.glob("*.txt")):
-        lines = path.read_text(encoding="utf-8").splitlines()
-        listed = [line.strip() for line in lines if line.strip()]
+        try:
+            lines = read_text(path).splitlines()
+        except ValueError as error:
+            report.problems.append(str(error))
+            continue
+        listed = [composed(line.strip()) for line in lines if line.strip()]
         if path.stem in ("train", "val") or images.intersection(listed):
             names[path.stem] = listed
         else:
@@ -119,13 +123,17 @@ def _compare_files(root: Path, names: dict[str, list[str]], report: Report) -> s
     """Look for both halves of every pair, and for files in no split; returns incomplete splits."""
     incomplete: set[str] = set()
     listed = {name for split in names.values() for name in split}
-    for folder, suffixes in (("images", IMAGE_SUFFIXES), ("labels", (".png",))):
+    for folder, suffixes in (("images", image_suffixes()), ("labels", (".png",))):
         if not (root / folder).is_dir():
             report.problems.append(f"{root / folder} must be a folder, but there is none")
             incomplete.update(names)
             continue
-        files = [path for path in (root / folder).iterdir() if path.suffix.lower() in suffixes]
-        existing = {path.stem for path in files if path.exists()}  # False for a broken link
+        files = [path for path in (root / folder).iterdir() if path.name[0] != "."]
+        other = sorted(path.name for path in files if path.suffix.lower() not in suffixes)
+        if other:
+            report.notes.append(f"{folder}: {len(other)} that cannot be read: {_some(other)}")
+        files = [path for path in files if path.suffix.lower() in suffixes]
+        existing = {composed(path.stem) for path in files if path.exists()}  # no broken links
         for split, wanted in sorted(names.items()):
             missing = [name for name in wanted if name not in existing]
             if missing:

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from .. import IGNORE_INDEX
 from .benchmark import Archive, Benchmark, Item, encode, forbid, label_table, read_indices
 
 CLASS_NAMES = (
@@ -49,7 +50,8 @@ UNUSED_VALUES = (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)
 CLASS_VALUES = tuple(value for value in range(182) if value not in UNUSED_VALUES)
 
 _TABLE = forbid(
-    label_table({value: rank for rank, value in enumerate(CLASS_VALUES)}, 255), range(182, 255)
+    label_table({value: rank for rank, value in enumerate(CLASS_VALUES)}, IGNORE_INDEX),
+    range(182, 255),
 )
 
 

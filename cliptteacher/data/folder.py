@@ -1,17 +1,17 @@
 """Read a data set of one's own: a folder of images, index-map labels and one JSON file.
 
     root/dataset.json      {"classes": [...], "unseen": [names], "ignore_index": 255}
-    root/images/NAME.jpg   or .jpeg, .png; turned upright by the EXIF tag, converted to RGB
-    root/labels/NAME.png   one class index a pixel; palette files are read as indices, not colours
+    root/images/NAME.jpg   or anything else that Pillow reads; see images.py
+    root/labels/NAME.png   one class index a pixel, of any depth; a palette is not looked at
     root/train.txt         NAMEs, one a line; any other split likewise
 
 The data half of section 4.1 of arXiv:2310.02296v1, without a data set built in. Files are paired
 when the data set is opened, label values are checked whenever a label is read: a data set that is
-wrong fails with a sentence, not with a score of zero. Cost: one decoding per item, or memory
-with `cache=True`.
+wrong fails with a sentence, not with a score of zero. Names are compared in Unicode's composed
+form (macOS decomposes accents). Cost: one decoding per item; nothing is kept.
 """
 
-import json
+import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,16 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .splits import IGNORE_INDEX, ClassSplit
+from .. import IGNORE_INDEX
+from ..files import read_json, read_text
+from .images import read_image, readable_suffixes
+from .splits import ClassSplit
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+FIRST_SUFFIXES = (".jpg", ".jpeg", ".png")  # where an image is there twice, these come first
 INDEX_MODES = ("1", "L", "P", "I", "I;16")  # Pillow modes whose pixels are numbers, not colours
 
 
@@ -35,23 +38,21 @@ class FolderDataset(Dataset[tuple[Tensor, Tensor]]):
     Args:
         root: folder with `dataset.json`, `images/`, `labels/` and the split files.
         split: name of the split; `train` reads `train.txt`.
-        cache: keep the decoded items in memory; they are shared, so do not write into them.
 
     Raises:
         FileNotFoundError: if the folder, a file or one half of a pair is missing.
         ValueError: if `dataset.json` is not as described above or the split is empty.
     """
 
-    def __init__(self, root: str | Path, split: str, *, cache: bool = False) -> None:
+    def __init__(self, root: str | Path, split: str) -> None:
         self.root = Path(root)
         self.split = split
         classes, self._stored_ignore = _read_description(self.root)
         self.class_names, self.unseen = classes.names, classes.unseen
         self.ignore_index = IGNORE_INDEX
         self._names = _read_split(self.root, split)
-        self._images = _paired_files(self.root / "images", self._names, IMAGE_SUFFIXES)
+        self._images = _paired_files(self.root / "images", self._names, image_suffixes())
         self._labels = _paired_files(self.root / "labels", self._names, (".png",))
-        self._cache: dict[int, tuple[Tensor, Tensor]] | None = {} if cache else None
 
     def __len__(self) -> int:
         """Return the number of images of the split."""
@@ -64,17 +65,6 @@ class FolderDataset(Dataset[tuple[Tensor, Tensor]]):
             ValueError: if the label has other dimensions than the image, holds colours, or holds
                 a value that is neither a class nor the ignore index.
         """
-        if self._cache is None:
-            return self._read(index)
-        if index not in self._cache:
-            self._cache[index] = self._read(index)
-        return self._cache[index]
-
-    def image_name(self, index: int) -> str:
-        """Return the name of an image, without its extension."""
-        return self._names[index]
-
-    def _read(self, index: int) -> tuple[Tensor, Tensor]:
         image = read_image(self._images[index])
         path = self._labels[index]
         label = read_label(path, len(self.class_names), self._stored_ignore)
@@ -85,20 +75,14 @@ class FolderDataset(Dataset[tuple[Tensor, Tensor]]):
             )
         return image, label
 
+    def image_name(self, index: int) -> str:
+        """Return the name of an image, without its extension."""
+        return self._names[index]
 
-def read_image(path: Path) -> Tensor:
-    """Read a photograph as RGB, turned upright.
 
-    Args:
-        path: JPEG, PNG or anything else Pillow opens.
-
-    Returns:
-        Image, uint8 (3, H, W); the colours of a pixel lie together in memory, as decoded.
-    """
-    with Image.open(path) as file:
-        ImageOps.exif_transpose(file, in_place=True)
-        pixels = np.array(file if file.mode == "RGB" else file.convert("RGB"))
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+def image_suffixes() -> tuple[str, ...]:
+    """The endings that an image may have, preferred ones first."""
+    return (*FIRST_SUFFIXES, *sorted(readable_suffixes() - {*FIRST_SUFFIXES}))
 
 
 def read_label(path: Path, num_classes: int, ignore_index: int = IGNORE_INDEX) -> Tensor:
@@ -113,18 +97,32 @@ def read_label(path: Path, num_classes: int, ignore_index: int = IGNORE_INDEX) -
         Labels, uint8 (H, W), with 255 for pixels without a class.
 
     Raises:
-        ValueError: if the file holds colours, or an index that is no class.
+        ValueError: if the file is damaged, holds colours, or an index that is no class.
     """
-    with Image.open(path) as file:
-        if file.mode not in INDEX_MODES:
-            raise ValueError(
-                f"label {path} must hold one class index a pixel, got colours instead of indices "
-                f"(mode {file.mode}); save it as a greyscale or palette PNG"
-            )
-        indices = np.array(file)
+    indices = _read_indices(path)
     ignored = indices == ignore_index
     _check_indices(path, indices, ignored, num_classes, ignore_index)
     return torch.from_numpy(np.where(ignored, np.uint8(IGNORE_INDEX), indices).astype(np.uint8))
+
+
+def _read_indices(path: Path) -> NDArray[np.integer[Any]]:
+    """Read the numbers of a grey or palette PNG as they are stored."""
+    try:
+        with Image.open(path) as file:
+            mode = file.mode
+            indices = np.array(file) if mode in INDEX_MODES else None
+        with path.open("rb") as raw:
+            depth, colour = raw.read(26)[24:]  # of the IHDR chunk
+    except Exception as error:  # decoders meet any bytes, and raise whatever these lead them to
+        raise ValueError(f"label {path} must be a readable PNG, but {error}") from error
+    if indices is None:
+        raise ValueError(
+            f"label {path} must hold one class index a pixel, got colours instead of indices "
+            f"(mode {mode}); save it as a greyscale or palette PNG"
+        )
+    if mode == "L" and colour == 0 and depth in (2, 4):  # Pillow stretches these greys to 0..255
+        indices = indices // (255 // (2**depth - 1))
+    return indices.astype(np.uint8) if mode == "1" else indices
 
 
 def _check_indices(
@@ -151,10 +149,7 @@ def _read_description(root: Path) -> tuple[ClassSplit, int]:
             f"{path} must describe the data set, but there is no such file; "
             'write {"classes": [...], "unseen": [...], "ignore_index": 255}'
         )
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} must be valid JSON, got: {error}") from error
+    content = read_json(path)
     names = _name_list(path, content, "classes")
     unknown = [name for name in _name_list(path, content, "unseen") if name not in names]
     if unknown:
@@ -192,7 +187,7 @@ def _read_split(root: Path, split: str) -> tuple[str, ...]:
             f"{path} must list the images of split {split!r}, but there is no such file; "
             f"splits found: {existing}"
         )
-    lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
+    lines = (composed(line.strip()) for line in read_text(path).splitlines())
     names = tuple(line for line in lines if line)
     if not names:
         raise ValueError(f"{path} must list at least one image name, got an empty file")
@@ -206,16 +201,21 @@ def _paired_files(
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} must be a folder, but there is none; see FolderDataset")
     order = {suffix: rank for rank, suffix in enumerate(suffixes)}
-    files = [file for file in folder.iterdir() if file.suffix.lower() in order]
+    files = [f for f in folder.iterdir() if f.suffix.lower() in order and f.name[0] != "."]
     files.sort(key=lambda file: order[file.suffix.lower()], reverse=True)
-    by_name = {file.stem: file for file in files}  # on a tie the earlier suffix wins
+    by_name = {composed(file.stem): file for file in files}  # on a tie the earlier suffix wins
     missing = [name for name in names if name not in by_name]
     if missing:
         raise FileNotFoundError(
-            f"{folder / missing[0]} ({' or '.join(order)}) must exist, but {len(missing)} of "
-            f"{len(names)} files of the split are missing; add them or shorten the split file"
+            f"{folder / missing[0]} ({' or '.join([*order][:3])}) must exist, but {len(missing)} "
+            f"of {len(names)} files of the split are missing; add them or shorten the split file"
         )
     return tuple(by_name[name] for name in names)
+
+
+def composed(name: str) -> str:
+    """Write a name in Unicode's composed form, in which names are compared."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _size(tensor: Tensor) -> str:

@@ -1,10 +1,187 @@
-from typing import Any
+"""Read pictures: every one upright and RGB in 8 bits, or refused in a sentence that names the file.
+
+mode of the file             becomes
+RGB, 1, L, P, CMYK, YCbCr    8 bits a channel, as Pillow converts it
+I;16, I (16 bits of grey)    65535 -> 255
+with transparency            composited on white
+F, LAB, HSV, I above 65535   refused: no range is stated
+"""
+
+from __future__ import annotations
+
+import warnings
 from pathlib import Path
-import torch, numpy as np
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from PIL import Image
-from .folder import read_image
-ImageLike = Any
-def to_image(x):
-    if isinstance(x, (str, Path)): return read_image(Path(x))
-    if isinstance(x, torch.Tensor): return x
-    return torch.from_numpy(np.array(x.convert("RGB") if isinstance(x, Image.Image) else x)).permute(2,0,1)
+from torch import Tensor
+
+ImageLike = str | Path | Image.Image | NDArray[np.generic] | Tensor
+
+BACKGROUND = (255, 255, 255)  # behind transparent pixels
+_ORIENTATION = 274  # EXIF tag
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_DIRECT = ("RGB", "L", "1", "P", "CMYK", "YCbCr", "RGBX")
+_ALPHA = ("RGBA", "LA", "PA", "La", "RGBa")
+
+
+def read_image(path: str | Path) -> Tensor:
+    """Read a picture as RGB, turned upright by its EXIF orientation.
+
+    Args:
+        path: a file that the installed Pillow reads.
+
+    Returns:
+        Image, uint8 (3, H, W); the colours of a pixel lie together in memory, as decoded.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is no picture, is damaged or too large, or its mode is refused.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"the image {path} does not exist")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on damaged metadata, which nobody needs
+            with Image.open(path) as file:
+                return _as_tensor(_upright(file))
+    except Image.DecompressionBombError:
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        raise ValueError(
+            f"{path} must be a readable image of at most {limit} pixels, got more; make it smaller"
+        ) from None
+    except Exception as error:  # decoders meet any bytes, and raise whatever these lead them to
+        raise ValueError(f"{path} must be a readable image, but {_sentence(error)}") from error
+
+
+def to_image(image: ImageLike) -> Tensor:
+    """Return an image as a tensor (3, H, W).
+
+    Args:
+        image: a path; a PIL image; an array (H, W, 3) or (H, W, 4) in uint8, or (H, W, 3) in
+            [0, 1]; a tensor (3, H, W), which is returned as it is.
+
+    Raises:
+        TypeError: it is none of these.
+        ValueError: an array has another shape or type.
+    """
+    if isinstance(image, Tensor):
+        return image
+    if isinstance(image, (str, Path)):
+        return read_image(image)
+    if isinstance(image, Image.Image):
+        return _as_tensor(image)
+    if not isinstance(image, np.ndarray):
+        raise TypeError(
+            "an image must be a path, a PIL image, an array (H, W, 3) or a tensor (3, H, W), got "
+            f"{type(image).__name__}"
+        )
+    if image.ndim != 3 or image.shape[2] not in (3, 4):
+        raise ValueError(
+            f"an image array must have shape (H, W, 3), got {image.shape}; a tensor has the "
+            "channels first"
+        )
+    if image.dtype == np.uint8:
+        return _as_tensor(Image.fromarray(image))
+    if not np.issubdtype(image.dtype, np.floating) or image.shape[2] == 4:
+        raise ValueError(
+            f"an image array must be uint8, or float (H, W, 3) in [0, 1], got {image.dtype} "
+            f"{image.shape}"
+        )
+    return torch.from_numpy(np.ascontiguousarray(image, dtype=np.float32)).permute(2, 0, 1)
+
+
+def to_batch(image: Tensor) -> Tensor:
+    """Return images as a float batch in [0, 1].
+
+    Args:
+        image: (3, H, W) or (B, 3, H, W), uint8 or float in [0, 1].
+
+    Returns:
+        (B, 3, H, W) float.
+
+    Raises:
+        ValueError: another shape, type or range.
+    """
+    if image.ndim not in (3, 4) or image.shape[-3] != 3:
+        raise ValueError(
+            f"`image` must have shape (3, H, W) or (B, 3, H, W), got {tuple(image.shape)}; "
+            "channels come before height and width"
+        )
+    images = image if image.ndim == 4 else image.unsqueeze(0)
+    if images.dtype == torch.uint8:
+        return images.float() / 255
+    if not images.is_floating_point():
+        raise ValueError(f"`image` must be uint8, or float in [0, 1], got {images.dtype}")
+    if float(images.max()) > 2:  # bicubic resizing may overshoot 1 a little
+        raise ValueError(
+            f"a float `image` must lie in [0, 1], got a maximum of {float(images.max()):g}; "
+            "divide by 255 and leave normalisation to the network"
+        )
+    return images
+
+
+def readable_suffixes() -> frozenset[str]:
+    """The endings of files that the installed Pillow reads, in lower case: ".jpg", ".webp", ..."""
+    return frozenset(
+        suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN
+    )
+
+
+def list_images(folder: str | Path) -> tuple[list[Path], list[Path]]:
+    """List the files of a folder by name, hidden ones left out.
+
+    Returns:
+        Those that Pillow reads by their ending, and the others (``.heic`` without a plug-in).
+    """
+    files = sorted(p for p in Path(folder).iterdir() if p.is_file() and p.name[0] != ".")
+    suffixes = readable_suffixes()
+    readable = [path for path in files if path.suffix.lower() in suffixes]
+    return readable, [path for path in files if path not in readable]
+
+
+def _upright(file: Image.Image) -> Image.Image:
+    """Apply the orientation; the rest of EXIF, which may be damaged, is not looked at."""
+    try:
+        turn = _UPRIGHT.get(file.getexif().get(_ORIENTATION, 1))
+    except Exception:  # no EXIF that can be read, so no orientation
+        turn = None
+    return file if turn is None else file.transpose(turn)
+
+
+def _as_tensor(image: Image.Image) -> Tensor:
+    pixels = np.array(_as_rgb(image))
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    if image.mode in _ALPHA or "transparency" in image.info:
+        with_alpha = image.convert("RGBA")
+        background = Image.new("RGBA", with_alpha.size, (*BACKGROUND, 255))
+        return Image.alpha_composite(background, with_alpha).convert("RGB")
+    if image.mode in _DIRECT:
+        return image if image.mode == "RGB" else image.convert("RGB")
+    if image.mode.startswith("I"):
+        values = np.array(image).astype(np.int64)
+        if values.size and 0 <= values.min() and values.max() <= 65535:
+            return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8)).convert(
+                "RGB"
+            )
+    raise ValueError(
+        f"the range of its mode {image.mode} is not stated; save it with 8 bits a channel"
+    )
+
+
+def _sentence(error: Exception) -> str:
+    return str(error).rstrip(".") or type(error).__name__

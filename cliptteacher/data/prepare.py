@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps
 
+from .. import IGNORE_INDEX
 from ..files import Progress, download, write_json, write_text, write_whole
 from .benchmark import Archive, Benchmark, Item
 from .parallel import parallel_map
@@ -85,13 +86,17 @@ def description(benchmark: Benchmark) -> dict[str, object]:
         "benchmark": benchmark.name,
         "classes": list(benchmark.class_names),
         "unseen": list(benchmark.unseen),
-        "ignore_index": 255,
+        "ignore_index": IGNORE_INDEX,
     }
 
 
 def missing_archives(benchmark: Benchmark, root: Path) -> list[Archive]:
     """List the archives whose content is not below the root yet."""
-    return [archive for archive in benchmark.archives if not (root / archive.yields).exists()]
+    return [
+        archive
+        for archive in benchmark.archives
+        if not any((root / path).exists() for path in (archive.yields, archive.instead) if path)
+    ]
 
 
 def _refuse_other_data(benchmark: Benchmark, root: Path) -> None:

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-IGNORE_INDEX = 255
+from .. import IGNORE_INDEX
+
 MAX_CLASSES = 255  # a label is one byte, and 255 means "ignore"
 
 

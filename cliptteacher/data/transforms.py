@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+from .. import IGNORE_INDEX
 from .colours import coin, photometric_distortion, uniform
-from .splits import IGNORE_INDEX
 
 Limits = tuple[float, float]
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from .. import IGNORE_INDEX
 from .benchmark import (
     Archive,
     Benchmark,
@@ -39,17 +40,28 @@ UNSEEN = (
     "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )  # fmt: skip
 
-_TABLE = forbid(label_table({value: value - 1 for value in range(1, 21)}, 255), range(21, 255))
+_TABLE = label_table({value: value - 1 for value in range(1, 21)}, IGNORE_INDEX)
+_TABLE = forbid(_TABLE, range(21, 255))
 _VOC, _SBD = Path("VOCdevkit/VOC2012"), Path("benchmark_RELEASE/dataset")
+_AUGMENTED = _VOC / "SegmentationClassAug"
 
 
 def list_items(root: Path) -> dict[str, list[Item]]:
-    """List trainaug (as "train") and val; where both have a label, VOC's own is taken."""
+    """List trainaug (as "train") and val; where both have a label, VOC's own is taken.
+
+    ``SegmentationClassAug`` beside VOC's ``SegmentationClass``, the converted labels of trainaug
+    that circulate, is taken instead of the archive of SBD; its PNGs hold the same values.
+    """
     splits = root / _VOC / "ImageSets" / "Segmentation"
     own, val = read_names(splits / "train.txt"), read_names(splits / "val.txt")
-    added = set(read_names(root / _SBD / "train.txt")) | set(read_names(root / _SBD / "val.txt"))
+    if (root / _AUGMENTED).is_dir():
+        added = {path.stem for path in (root / _AUGMENTED).glob("[!.]*.png")}
+        other_label = _augmented_label
+    else:
+        added = {*read_names(root / _SBD / "train.txt"), *read_names(root / _SBD / "val.txt")}
+        other_label = _sbd_label
     added -= {*own, *val}
-    train = {**dict.fromkeys(own, _own_label), **dict.fromkeys(added, _sbd_label)}
+    train = {**dict.fromkeys(own, _own_label), **dict.fromkeys(added, other_label)}
     return {
         "train": [_item(root, name, train[name](root, name)) for name in sorted(train)],
         "val": [_item(root, name, _own_label(root, name)) for name in val],
@@ -69,6 +81,10 @@ def _item(root: Path, name: str, label: Path) -> Item:
 
 def _own_label(root: Path, name: str) -> Path:
     return root / _VOC / "SegmentationClass" / f"{name}.png"
+
+
+def _augmented_label(root: Path, name: str) -> Path:
+    return root / _AUGMENTED / f"{name}.png"
 
 
 def _sbd_label(root: Path, name: str) -> Path:
@@ -102,6 +118,7 @@ VOC = Benchmark(
             megabytes=1_420,
             unpacked=1_700,
             md5="82b4d87ceb2ed10f6038a1cba92111cb",
+            instead=str(_AUGMENTED),
         ),
     ),
     list_items=list_items,

@@ -43,7 +43,7 @@ class Student(nn.Module):
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
 
     def normalize(self, images: Tensor) -> Tensor:
-        """Check images (B, 3, H, W) in [0, 1] and normalise them with ImageNet's mean and deviation.
+        """Check images (B, 3, H, W) in [0, 1] and normalise by ImageNet's mean and deviation.
 
         Raises:
             TypeError: If the images are not floating point.

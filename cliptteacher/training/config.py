@@ -42,7 +42,7 @@ class TrainConfig:
     eval_size_divisor: int = 1  # mirror images to a multiple of this, the coarsest stride
     log_interval: int = 50  # iterations
     tensorboard: bool = False  # write TensorBoard events too; needs that package
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     workers: int = 0  # data loading processes per training process
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"  # tf32: 19-bit products on CUDA
     compile: bool = False  # torch.compile of teacher and student

@@ -1,4 +1,4 @@
-"""The toolbox's default schedule: parameter groups, and the learning rate as a function of the step.
+"""The toolbox's default schedule: parameter groups, and the learning rate of every step.
 
 The learning rate warms up linearly, then decays polynomially to zero (Section 4.2).
 """

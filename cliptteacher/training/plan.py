@@ -27,7 +27,12 @@ from .cost import ASSUMED_TFLOPS, COUNTED_FOR, STEP_COSTS, StepCount, count_step
 from .optimizer import parameter_groups
 from .paper_recipes import PAPER_ROWS, ROOTS
 
-_LARGE = {"embed_dim": 768, "patch_size": 14, "vision_width": 1024, "vision_layers": 24}
+_LARGE: dict[str, Any] = {
+    "embed_dim": 768,
+    "patch_size": 14,
+    "vision_width": 1024,
+    "vision_layers": 24,
+}
 CLIP_SIZES = {
     "ViT-B/16": CLIPConfig(),
     "ViT-B/32": CLIPConfig(patch_size=32),
@@ -53,7 +58,7 @@ def describe_dry_run(
     """
     seen, unseen, images = _count_data(config)
     clip = _build_clip(config.clip).to("meta")
-    options = {"auxiliary": True} if method.auxiliary_weight > 0 else {}
+    options: dict[str, Any] = {"auxiliary": True} if method.auxiliary_weight > 0 else {}
     with torch.device("meta"):
         segmenter = build_segmenter(config.segmenter, clip.embed_dim, **options)
     # Words and templates change no size; encoding fifteen templates of 156 names takes a while.

@@ -130,7 +130,7 @@ class TrainingRun:
         layout = torch.channels_last if config.channels_last else torch.contiguous_format
         batches = self._progress.time_batches(name_dead_worker(loader))
         with StopSignal() as self._signal:
-            yield from enumerate(move_batches(batches, device, layout), self._start)  # type: ignore[misc]
+            yield from enumerate(move_batches(batches, device, layout), self._start)
 
     def add(self, losses: dict[str, Tensor]) -> None:
         """Take the losses of an iteration, or of a part of it, for the log; nothing waits."""

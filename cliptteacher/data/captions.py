@@ -1,4 +1,4 @@
-"""Draw images with captions: what `pretrain_clip.py` shows to its CLIP.
+"""Images with captions made of labels, to train a small CLIP on (`examples/pretrain_clip.py`).
 
 A caption names classes that its image shows, all of them or, as people do, a part. Several
 captions of a batch can therefore be true of one image; a batch says which.
@@ -6,8 +6,8 @@ captions of a batch can therefore be true of one image; a batch says which.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -15,24 +15,27 @@ from torch import Generator, Tensor
 from torchvision.transforms import v2
 from torchvision.tv_tensors import Image, Mask
 
-from cliptteacher.data.miniworld import (
-    CLASS_NAMES,
-    caption_of,
-    draw_scene,
-    draw_single_class,
-    present_classes,
-)
-from cliptteacher.data.splits import SegmentationDataset
+from .miniworld import CLASS_NAMES, caption_of, draw_scene, draw_single_class, present_classes
+from .splits import SegmentationDataset
+
+_KEPT = 1024  # decoded photographs
 
 
 class MiniWorldCaptions:
-    """Scenes of the endless ``pretrain`` split, a third of them with one class alone."""
+    """Scenes of the endless ``pretrain`` split, a third of them with one class alone.
 
-    def __init__(self, length: int, size: int) -> None:
+    Args:
+        length: scenes to draw; all are kept, length * size * size * 4 bytes.
+        size: side of a scene in pixels.
+        progress: called with (scenes drawn, length) now and then.
+    """
+
+    def __init__(
+        self, length: int, size: int, progress: Callable[[int, int], None] | None = None
+    ) -> None:
         self.class_names = CLASS_NAMES
         self.images = torch.empty(length, 3, size, size, dtype=torch.uint8)
         self.labels = torch.empty(length, size, size, dtype=torch.uint8)
-        started = time.monotonic()
         for i in range(length):
             generator = Generator().manual_seed(i)  # the other splits start at 2^30
             single = i % 3 == 0
@@ -41,8 +44,8 @@ class MiniWorldCaptions:
                 if single
                 else draw_scene(generator, size)
             )
-            if i % 4000 == 3999:
-                print(f"drew {i + 1} of {length} scenes, {time.monotonic() - started:.0f} s")
+            if progress is not None and i % 4000 == 3999:
+                progress(i + 1, length)
 
     def sample(self, generator: Generator) -> tuple[Tensor, Tensor]:
         """Draw a scene, half of the time mirrored."""
@@ -54,11 +57,17 @@ class MiniWorldCaptions:
 
 
 class FolderCaptions:
-    """Random resized crops of the training photographs of a folder data set."""
+    """Random resized crops of the training photographs of a folder data set.
+
+    Args:
+        dataset: photographs with the labels of all classes.
+        size: side of a crop in pixels.
+    """
 
     def __init__(self, dataset: SegmentationDataset, size: int) -> None:
         self.class_names = tuple(dataset.class_names)
-        self.items = [dataset[i] for i in range(len(dataset))]
+        self.length = len(dataset)
+        self.read = lru_cache(_KEPT)(dataset.__getitem__)
         self.transform = v2.Compose(
             [
                 v2.RandomResizedCrop(size, scale=(0.06, 1.0), ratio=(0.75, 1.33), antialias=True),
@@ -70,8 +79,8 @@ class FolderCaptions:
 
     def sample(self, generator: Generator) -> tuple[Tensor, Tensor]:
         """Draw an augmented crop."""
-        i = int(torch.randint(len(self.items), (), generator=generator))
-        image, labels = self.items[i]
+        i = int(torch.randint(self.length, (), generator=generator))
+        image, labels = self.read(i)
         image, labels = self.transform(Image(image), Mask(labels))
         return image.as_subclass(Tensor), labels.as_subclass(Tensor)
 
@@ -88,7 +97,13 @@ class CaptionBatch(NamedTuple):
 
 
 def caption_batches(captions: Captions, batch_size: int, seed: int) -> Iterator[CaptionBatch]:
-    """Draw batches endlessly; a caption names all classes of its image, or some of them."""
+    """Draw batches without end; a caption names all classes of its image, or a part of them.
+
+    Args:
+        captions: where images and labels come from.
+        batch_size: B.
+        seed: of the order and the captions; crops of photographs draw from the global generator.
+    """
     generator = Generator().manual_seed(seed)
     num_classes = len(captions.class_names)
     while True:
