@@ -262,7 +262,7 @@ LOGITS = [
 ]
 
 STUDENT = [
-    ("frozen parts trained again", "for part in module.modules() if part.training]", "for part in module.modules()]"),
+    ("frozen parts trained again", "part.training = training", "part.training = True"),
     ("no eval mode", "    module.eval()\n", ""),
 ]
 
@@ -274,20 +274,25 @@ DISTRIBUTED = [
     ("buffers of the last process", "dist.broadcast(buffer, 0)", "dist.broadcast(buffer, 1)"),
 ]
 
-INFERENCE = [
+SLIDING = [
     ("windows added up", "return total / count", "return total"),
-    ("text normalised over classes", "text_features.detach().float(), dim=1)", "text_features.detach().float(), dim=0)"),
-    ("divided by 256", "images.float() / 255", "images.float() / 256"),
-    ("logit scale not passed on", "text_features, self.logit_scale, self.similarity", "text_features, 1.0, self.similarity"),
+    ("last window beyond the border", "min(step * stride, last)", "step * stride"),
+    ("one window too few", "for step in range(steps + 1)]", "for step in range(steps)]"),
     ("rows and columns of windows swapped", "for y, x in chunk]", "for x, y in chunk]"),
+    ("width of a window taken for its height", "min(window, H), min(window, W)", "min(window, W), min(window, H)"),
+    ("overlaps written over", "[:, :, y : y + height, x : x + width] += part", "[:, :, y : y + height, x : x + width] = part"),
+    ("gaps accepted", "if not 1 <= stride <= window:", "if not 1 <= stride:"),
+]
+
+INFERENCE = [
+    ("text normalised over classes", "text_features.detach().float(), dim=1)", "text_features.detach().float(), dim=0)"),
+    ("logit scale not passed on", "text_features, self.logit_scale, self.similarity", "text_features, 1.0, self.similarity"),
     ("default gamma", "gamma: float = 1.5,", "gamma: float = 1.0,", DEFAULTS),
     ("default stride", "stride: int = 426,", "stride: int = 512,", DEFAULTS),
     ("size divisor not passed on", "images, self.size_divisor)", "images, 1)"),
     ("default size divisor", "size_divisor: int = 1,", "size_divisor: int = 32,", DEFAULTS),
     ("bonus subtracted", "self.bonus[list(unseen)] = gamma", "self.bonus[list(unseen)] = -gamma"),
     ("bonus for all classes", "self.bonus[list(unseen)] = gamma", "self.bonus[:] = gamma"),
-    ("last window beyond the border", "[*range(0, last, stride), last]", "[*range(0, last + stride, stride)]"),
-    ("no window at the border", "[*range(0, last, stride), last]", "[*range(0, last, stride)] or [0]"),
     ("similarity not passed on", "self.logit_scale, self.similarity)", "self.logit_scale)"),
     ("results of inference mode", "    @torch.no_grad()\n    def forward", "    @torch.inference_mode()\n    def forward", {"select": "ordinary"}),
     ("logits of inference mode", "    @torch.no_grad()\n    def logits", "    @torch.inference_mode()\n    def logits", {"select": "ordinary"}),
@@ -298,7 +303,7 @@ INFERENCE = [
     ("stored features in the old order", "self.text_features[[known[key] for key in keys]]", "self.text_features[: len(keys)]", WORDS),
     ("templates of training forgotten", ', self.checkpoint.get("templates", "single"))', ")", WORDS),
     ("another teacher accepted", "if teacher.embed_dim != width:", "if False:", WORDS),
-    ("unread words not named", "unread = tuple(unread_words(teacher, words))", "unread = ()", WORDS),
+    ("unread words not named", "unread = unread_words(teacher, words)", "unread = ()", WORDS),
     ("words ignored", "self if words is None else self.with_words(words, clip)", "self", WORDS),
     ("resize of the checkpoint forgotten", '"resize": tuple(content.pop("resize")) or None', '"resize": None', SAVED),
     ("size divisor of the checkpoint forgotten", '"logit_scale", "similarity", "size_divisor")', '"logit_scale", "similarity")', SAVED),
@@ -597,6 +602,7 @@ GROUPS = [
     ("logits.py", ("logits",), LOGITS),
     ("distributed.py", ("two_as_one",), DISTRIBUTED),
     ("inference.py", ("inference",), INFERENCE),
+    ("sliding.py", ("inference",), SLIDING),
     ("segmenters/student.py", ("inference",), STUDENT),
     ("segmenters/padding.py", ("padding",), PADDING),
     ("segmenters/fpn.py", ("fpn",), FPN),
