@@ -233,7 +233,6 @@ FRAMEWORK = [
     ("own pair count on each rank", "pair_count=mean_over_processes(pairs)", "pair_count=pairs", TWO_PROCESSES),
     ("similarity not passed on", "config.logit_scale, config.similarity)", "config.logit_scale)", {"select": "every_option"}),
     ("parts not passed on", "tokens, parts))", "tokens))", {"select": "parts"}),
-    ("pixels of the images counted alone", "labels != IGNORE_INDEX, over_processes)", "labels != IGNORE_INDEX)", {"tests": ("two_as_one",), "select": "seen"}),
     ("an adapter without gradient", "config if self.uses_adapter else replace", "config if True else replace", {"select": "every_trainable"}),
     ("tokens of inference mode", "cls=teacher.cls.clone()", "cls=teacher.cls", ONE_PROCESS),
     ("default similarity", 'similarity: Similarity = "dot"  #', 'similarity: Similarity = "cosine"  #', DEFAULTS),
@@ -267,11 +266,11 @@ STUDENT = [
 ]
 
 DISTRIBUTED = [
-    ("first row without the batch size", "dist.get_rank() * B", "dist.get_rank()"),
-    ("gathered rows keep the graph", "return values.detach(), 0", "return values, 0", {"tests": ("glm",), "select": "alone"}),
-    ("gradient of this process alone", "        dist.all_reduce(gradient)\n", ""),
-    ("sum instead of mean", "return values / dist.get_world_size()", "return values"),
-    ("buffers of the last process", "dist.broadcast(buffer, 0)", "dist.broadcast(buffer, 1)"),
+    ("first row without the batch size", "dist.get_rank() * B", "dist.get_rank()", TWO_PROCESSES),
+    ("gathered rows keep the graph", "return values.detach(), 0", "return values, 0", {"select": "alone"}),
+    ("sum instead of mean", "return values / dist.get_world_size()", "return values", {"tests": ("framework",), **TWO_PROCESSES}),
+    ("mean of this process", "    dist.all_reduce(values)\n    return values / dist", "    return values / dist", {"tests": ("framework",), **TWO_PROCESSES}),
+    ("rows of rank 0 alone", "dist.all_gather_into_tensor(gathered, values.detach().contiguous())", "dist.all_gather_into_tensor(gathered, 0 * values.detach().contiguous())", TWO_PROCESSES),
 ]
 
 SLIDING = [
@@ -600,7 +599,7 @@ GROUPS = [
     ("metrics.py", ("metrics",), METRICS),
     ("framework.py", ("framework",), FRAMEWORK),
     ("logits.py", ("logits",), LOGITS),
-    ("distributed.py", ("two_as_one",), DISTRIBUTED),
+    ("distributed.py", ("glm",), DISTRIBUTED),
     ("inference.py", ("inference",), INFERENCE),
     ("sliding.py", ("inference",), SLIDING),
     ("segmenters/student.py", ("inference",), STUDENT),
