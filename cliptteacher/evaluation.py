@@ -4,8 +4,8 @@ Section 4.1 and Eq. (13) of arXiv:2310.02296v1. Every process predicts its own s
 at their original size; the confusion matrices are added at the end, so the scores of R processes
 are those of one:
 
-    rank r takes images r, r + R, r + 2R, ...   (no image twice, none left out)
-    neighbours of equal size form a batch       (mixed sizes fall back to single images)
+    rank r takes images r, r + R, r + 2R, ...   every image once
+    neighbours of equal size form a batch       an image of another size begins a new one
     one int64 confusion matrix per process  ->  all-reduce  ->  scores
 
 Cost: one prediction per image.
@@ -49,12 +49,12 @@ def evaluate(
     Args:
         predictor: images uint8 (B, 3, H, W) -> labels (B, H, W), such as `Predictor`.
         dataset: images with the labels of all A classes.
-        device: where images and labels are brought for prediction and counting.
+        device: of prediction and counting.
         rank: this process, 0..world_size-1; with several, all of them must call this function.
         world_size: number of processes that share the images.
-        workers: processes that read images ahead.
-        batch_size: most images predicted together; only neighbours of equal size are.
-        unseen: label values that count as unseen; those of the data set if left out.
+        workers: data loading processes.
+        batch_size: most images predicted together, all of one size.
+        unseen: label values that count as unseen; by default those of the data set.
         progress: called with (images done, images in total) of this rank after every batch.
         on_sample: called with (index, image, labels, prediction), all on the CPU, for each image.
         panel: PNG file to draw the first images of rank 0 into, with labels and predictions.
@@ -64,7 +64,7 @@ def evaluate(
         of all ranks; NaN where a class or group does not occur.
 
     Raises:
-        ValueError: if the data set is empty, or the batch size or rank is out of range.
+        ValueError: the data set is empty, or the batch size or rank is out of range.
     """
     _check(len(dataset), batch_size, rank, world_size)
     indices = range(rank, len(dataset), world_size)
@@ -108,11 +108,11 @@ def sweep_gamma(
 ) -> list[Scores]:
     """Compute the scores at several gammas from one prediction of every image.
 
-    Section 3.4 of arXiv:2310.02296v1 gives one gamma for all data; to choose another, sweep it on
-    a validation split and report on a split that did not choose it.
+    Section 3.4 of arXiv:2310.02296v1 has one gamma for all data; choose another on a validation
+    split only, and report on a different one.
 
     Args:
-        predictor: the student; its own gamma plays no part.
+        predictor: the student; its own gamma is ignored.
         dataset: images with the labels of all A classes.
         gammas: bonuses of the unseen classes, in logit units.
         device, rank, world_size, workers, batch_size, unseen: as for `evaluate`.
@@ -139,7 +139,7 @@ def sweep_gamma(
 def format_scores(
     result: Mapping[str, Any], class_names: Sequence[str], unseen: Sequence[int] = ()
 ) -> str:
-    """Write scores as two tables: every class from best to worst, then the four of the paper.
+    """Format scores as two tables: every class from best to worst, then the four of the paper.
 
     Args:
         result: what `evaluate` returns.
@@ -162,7 +162,7 @@ def format_scores(
 
 
 def scores_as_percent(result: Mapping[str, Any], class_names: Sequence[str]) -> dict[str, Any]:
-    """Return scores in percent as plain numbers, ready for JSON; what is undefined is None.
+    """Convert scores to percent, plain numbers for JSON; undefined ones are None.
 
     Args:
         result: what `evaluate` returns.
@@ -178,7 +178,7 @@ def scores_as_percent(result: Mapping[str, Any], class_names: Sequence[str]) -> 
 
 
 def format_line(scores: Mapping[str, float | None]) -> str:
-    """Write the four scores of `scores_as_percent` as one line."""
+    """Format the four scores of `scores_as_percent` as one line."""
     cells = ((name, scores[name]) for name in SCORES)
     return "  ".join(f"{name} {'-' if value is None else f'{value:.1f}'}" for name, value in cells)
 
@@ -192,7 +192,7 @@ def _draw_panel(
 
 
 class _Shard(Dataset[Sample]):
-    """Show the images of one rank, each with its index in the whole data set."""
+    """The images of one rank, each with its index in the data set."""
 
     def __init__(self, dataset: SegmentationDataset, indices: range) -> None:
         self.dataset = dataset
@@ -211,8 +211,8 @@ def _read_batches(
     dataset: SegmentationDataset, indices: range, workers: int, batch_size: int
 ) -> Iterator[list[Sample]]:
     """Read the images of one rank, neighbours of equal size together."""
-    # A loader draws a seed; from a generator of its own, or evaluation would shift the dropout of
-    # a training run that goes on afterwards.
+    # A loader draws a seed. Drawn from the global generator it would change the dropout masks of
+    # a training run that evaluates on the way.
     loader = DataLoader(
         _Shard(dataset, indices),
         batch_size=None,

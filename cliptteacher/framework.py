@@ -53,23 +53,23 @@ class CLIPTeacherConfig(PLMConfig):
 
 
 class CLIPTeacher(nn.Module):
-    """Train a student with a frozen CLIP; ``model(images, labels)`` gives the losses.
+    """Train a student with a frozen CLIP; ``model(images, labels)`` returns the losses.
 
     The parameters of this module are the student's (``segmenter``) and the adapter's
-    (``plm.adapter``); ``state_dict()`` holds them and the CLS bank, all that a run needs to go on.
-    CLIP follows the module to its device but is neither a submodule nor in the state dict:
-    optimisers, DDP and checkpoints never see it. The seen names are encoded at construction, on
-    CLIP's device: load it there.
+    (``plm.adapter``); ``state_dict()`` holds them and the CLS bank: with the state of the optimiser
+    enough to resume. CLIP moves with the module to another device but is no submodule: it is
+    neither in ``parameters()`` nor in ``state_dict()``, and DDP does not see it. The seen names are
+    encoded at construction, on the device that CLIP is on.
 
     Args:
         clip: the teacher; frozen here.
         segmenter: the student, images in [0, 1] -> (B, C, h, w) with C = ``clip.embed_dim``.
-        seen_names: names of the seen classes, in label order. No unseen name may come in here.
+        seen_names: names of the seen classes, in label order; never of unseen ones.
         config: options; default the literal reading of the paper.
 
     Raises:
-        ValueError: ``seen_names`` or ``config.glm_windows`` is empty, or only one of
-            ``config.auxiliary_weight`` and ``segmenter.auxiliary`` is there.
+        ValueError: ``seen_names`` or ``config.glm_windows`` is empty, or the student has an
+            auxiliary head and ``config.auxiliary_weight`` is 0, or the reverse.
     """
 
     seen_text: Tensor
@@ -117,7 +117,7 @@ class CLIPTeacher(nn.Module):
 
     @property
     def uses_adapter(self) -> bool:
-        """Whether any loss term reads what the adapter makes."""
+        """Whether a loss term depends on the adapter."""
         config = self.config
         return (config.ce == "all" and config.ce_weight > 0) or config.generate_weight > 0
 
@@ -131,11 +131,11 @@ class CLIPTeacher(nn.Module):
                 iterations.
 
         Returns:
-            ``global``, ``ce``, ``focal``, ``dice``, ``generate``, with an auxiliary head
-            ``auxiliary``, with ``distill_weight`` ``distill``, and their sum ``total``, scalars.
+            Scalars ``global``, ``ce``, ``focal``, ``dice``, ``generate``, with an auxiliary head
+            ``auxiliary``, with ``distill_weight`` ``distill``, and the sum of all, ``total``.
 
         Raises:
-            ValueError: images and labels do not fit together, or the student's width is not C.
+            ValueError: images and labels differ in size, or the student's width is not C.
         """
         if labels.shape != (images.shape[0], *images.shape[2:]):
             raise ValueError(
@@ -185,7 +185,7 @@ class CLIPTeacher(nn.Module):
         return losses
 
     def _global(self, features: Tensor, pixels: Tensor, cls: Tensor, parts: int) -> Tensor:
-        """L_global, the mean over the sizes of windows; the CLS tokens of the images are known."""
+        """L_global, the mean over the sizes of windows; ``cls`` are the tokens of the images."""
         terms = []
         for n, module in zip(self.config.glm_windows, self.glm, strict=True):
             tokens = cls if n == 1 else self.encode(split_windows(pixels, n)).cls
@@ -193,7 +193,7 @@ class CLIPTeacher(nn.Module):
         return torch.stack(terms).mean()
 
     def _score_seen(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Seen logits (B, S, h, w) of features, and the labels at their size."""
+        """Seen logits (B, S, h, w) of features, and the labels (B, h, w) at that size."""
         config = self.config
         logits = pixel_logits(features, self.seen_text, config.logit_scale, config.similarity)
         return logits, resize_nearest(labels, (features.shape[2], features.shape[3]))
@@ -213,7 +213,7 @@ class CLIPTeacher(nn.Module):
         """Compute the teacher's CLS tokens (B, C) and dense tokens (B, C, h, w), no gradient."""
         with torch.inference_mode():
             teacher = self.clip.encode_image(pixels)
-        # Autograd saves what enters a loss, and refuses tensors of that mode; a copy is none.
+        # Autograd cannot save inference tensors for the backward pass; a clone is an ordinary one.
         dense = teacher.dense.clone() if self.config.distill_weight > 0 else teacher.dense
         return teacher._replace(cls=teacher.cls.clone(), dense=dense)
 
@@ -245,10 +245,9 @@ def seen_cross_entropy(seen_logits: Tensor, labels: Tensor, over_processes: bool
 
 
 def distill_loss(features: Tensor, dense: Tensor) -> Tensor:
-    """Make the student copy CLIP's dense tokens: mean over the tokens of 1 - cos(R, D).
+    """Distill CLIP's dense tokens into the student: mean over the tokens of 1 - cos(R, D).
 
-    Not in the paper: the baseline that GLM and PLM have to beat, for what a student learns from
-    dense tokens alone it learns without labels and without a CLS token.
+    Not in the paper: a baseline for GLM and PLM that needs neither labels nor CLS tokens.
 
     Args:
         features: R (B, C, h, w), averaged over the pixels of each token.

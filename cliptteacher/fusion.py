@@ -1,4 +1,4 @@
-"""Mask fusion, Algorithm 1 of section 3.3: merge the clusters that look alike.
+"""Mask fusion, Algorithm 1 of section 3.3: merge similar clusters.
 
 K-Means from many centres leaves many small regions. Like NMS, a greedy scan merges them::
 
@@ -46,7 +46,7 @@ def fuse_clusters(centers: Tensor, valid: Tensor, threshold: float = 0.8) -> Ten
     """Fuse the clusters of each image greedily by the similarity of their centres.
 
     Algorithm 1, arXiv:2310.02296v1. A leader always belongs to its own group, whatever the
-    threshold and rounding; a zero or NaN centre resembles nothing and forms a group of its own.
+    threshold and rounding; a zero or NaN centre is similar to none and forms a group by itself.
 
     Args:
         centers: (B, K, C) cluster centres of any length.
@@ -54,16 +54,17 @@ def fuse_clusters(centers: Tensor, valid: Tensor, threshold: float = 0.8) -> Ten
         threshold: lambda of Algorithm 1, a cosine; clusters strictly above it fuse.
 
     Returns:
-        (B, K) int64 group of each cluster: -1 where invalid, else 0 .. G-1 in the order of their
-        leaders, which are the lowest cluster of each group.
+        (B, K) int64 group of each cluster: -1 where invalid, else 0 .. G-1 in the order of the
+        leaders; the leader of a group is its first cluster.
 
     Raises:
-        ValueError: if a shape does not fit or there is no cluster.
-        TypeError: if `valid` is not boolean or `centers` not floating point.
+        ValueError: a shape does not fit or there is no cluster.
+        TypeError: `valid` is not boolean or `centers` not floating point.
 
     Deviation: the printed algorithm removes only the leader from the similarity matrix, which lets
     a cluster join several groups; its comment ("The masks selected can not be selected again")
-    removes the whole group, as NMS does, and so do we. The result is a partition.
+    removes the whole group, as NMS does, which is what this function does. The result is a
+    partition.
 
     >>> centers = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [1.0, 0.1]]])
     >>> fuse_clusters(centers, torch.ones(1, 3, dtype=torch.bool)).tolist()
@@ -94,7 +95,7 @@ def _scan_leaders(similar: Tensor, valid: Tensor) -> Tensor:
     """
     taken = ~valid
     for i, row in enumerate(similar.unbind(dim=1)):
-        # row > taken is "row and not taken": only a cluster that is still there can take others.
+        # row > taken is "row and not taken": only a cluster that is not taken can take others.
         taken = taken | (row > taken[:, i : i + 1])
     return ~taken
 

@@ -1,15 +1,15 @@
 """Global Learning Module (GLM): dense features aligned with CLIP's CLS token.
 
-Section 3.2 of arXiv:2310.02296v1. Only the CLS token of CLIP was trained against text, so it is
-what a student can learn words from. The token asks, the student's dense features answer:
+Section 3.2 of arXiv:2310.02296v1. Of all tokens of CLIP's image encoder only the CLS token was
+trained against text. It is the query, the student's dense features are keys and values:
 
     W     = softmax_N(s . R / sqrt(C))     Eq. (1), no learned query, key or value
     s_hat = W . R^T                        Eq. (2)
     loss  = InfoNCE(s_hat, s, bank)        Eq. (3), tau = 0.07
 
 The bank holds the CLS tokens of the last n = 24 iterations, which serve as negatives. The module
-has no parameters. Beyond the paper, ``split_windows`` lets windows of an image have CLS tokens of
-their own, for a token says little about objects that are small in its image.
+has no parameters. Beyond the paper, ``split_windows`` cuts images into windows with a CLS token
+each, because the token of an image describes its small objects poorly.
 
 Cost: 2 B N C multiply-adds for the pooling, 24 B^2 C for the loss.
 """
@@ -29,11 +29,11 @@ Pooling = Literal["attention", "mean", "max"]
 
 
 def attention_weights(features: Tensor, cls: Tensor) -> Tensor:
-    """Weigh every position by its similarity with the CLS token, Eq. (1), arXiv:2310.02296v1.
+    """Compute the attention of the CLS token over all positions, Eq. (1), arXiv:2310.02296v1.
 
     Args:
         features: R (B, C, h, w), not normalised.
-        cls: s (B, C); brought to unit length here.
+        cls: s (B, C); normalised to unit length here.
 
     Returns:
         W (B, h, w) in full precision (float32, or float64 for float64), each map sums to 1.
@@ -75,14 +75,14 @@ def pool_features(features: Tensor, cls: Tensor, pooling: Pooling = "attention")
 
 
 def split_windows(maps: Tensor, n: int) -> Tensor:
-    """Cut every map into n x n windows, row by row; n = 1 gives the maps themselves.
+    """Cut every map into n x n windows, row by row; n = 1 returns the maps.
 
     Args:
         maps: images or features (B, C, H, W).
         n: windows along one side.
 
     Returns:
-        (B * n * n, C, H / n, W / n), the windows of an image one after the other.
+        (B * n * n, C, H / n, W / n), all windows of the first image, then of the second, ...
 
     Raises:
         ValueError: n does not divide H and W.
@@ -184,6 +184,8 @@ class GlobalLearningModule(nn.Module):
 
         Returns:
             scalar, the mean over the images of this rank
+
+        Every call inserts, in eval mode too.
 
         Deviation: the current batch enters the bank before the loss, so that the other images of
         the batch are negatives too; each image's own token is the positive, once.

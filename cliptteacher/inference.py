@@ -7,8 +7,8 @@ Section 3.4 of arXiv:2310.02296v1. CLIP's image encoder takes no part:
     logits  += gamma on the unseen columns
     labels   = argmax over A of logits, bilinear to the original size
 
-Projecting to the A classes comes before upsampling: the C channels never exist at full size.
-Cost: one pass of the student, plus A channels at the size of the image.
+The logits are upsampled, not the features: no tensor has C channels at full size.
+Cost: one forward pass of the student, plus A channels at the size of the image.
 """
 
 from __future__ import annotations
@@ -323,11 +323,11 @@ def load_segmenter(path: str | Path, segmenter: nn.Module | None = None) -> Trai
 def clip_segmenter(
     clip: CLIP, names: Sequence[str], templates: Templates = "single"
 ) -> TrainedSegmenter:
-    """Let CLIP segment alone, by its dense tokens against the text features, without training.
+    """Segment with CLIP alone, without training: its dense tokens against the text features.
 
     Args:
         clip: the teacher.
-        names: what labels 0, 1, ... shall mean.
+        names: names of the labels 0, 1, ...
         templates: prompts of the names.
     """
     return TrainedSegmenter(
@@ -342,7 +342,7 @@ def clip_segmenter(
 
 
 def _rebuild(content: dict[str, Any], path: str | Path) -> nn.Module:
-    """Build the student again that `build_segmenter` built for training."""
+    """Build the student that `build_segmenter` built for training."""
     name = content["segmenter_name"]
     if name is None:
         raise ValueError(

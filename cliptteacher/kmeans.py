@@ -1,7 +1,7 @@
 """Multi-scale centres and a batched, masked, cosine K-Means: section 3.3, Eq. (4)-(5).
 
-CLIP's dense tokens of one object resemble each other, so clustering them finds the potential
-objects in the pixels that nobody annotated::
+CLIP's dense tokens of one object are similar, so clustering them finds the potential objects in
+the unannotated area::
 
     centers = window means of the token map at every scale       Eq. (4)-(5), K of them
     repeat iterations times:                                      Lloyd, per image
@@ -23,12 +23,12 @@ from torch import Tensor
 
 Seeding = Literal["grid", "window", "sliding"]
 
-# Below this length a sum of unit tokens has cancelled out and points nowhere.
+# Below this length a sum of unit tokens has cancelled out and has no direction.
 _MIN_NORM = 1e-6
 
 
 class KMeansResult(NamedTuple):
-    """Hold the clusters of a batch of images.
+    """The clusters of a batch of images.
 
     Attributes:
         centers: (B, K, C) unit rows, in float32 (float64 for float64 points).
@@ -62,7 +62,7 @@ def multiscale_centers(
         normalised. K is 58, 116 and 981 for the three seedings at 32 x 32 tokens.
 
     Raises:
-        ValueError: for a wrong shape, no scale, a scale below 1, an unknown seeding, or a window
+        ValueError: a wrong shape, no scale, a scale below 1, an unknown seeding, or a window
             of s x s tokens that is larger than the map.
 
     Deviation: Eq. (4)-(5) do not type-check as printed (the windows are indexed by i + s and the
@@ -92,8 +92,8 @@ def assign_clusters(points: Tensor, centers: Tensor, mask: Tensor) -> Tensor:
         index.
 
     Raises:
-        ValueError: if a shape does not fit.
-        TypeError: if `mask` is not boolean or `points` not floating point.
+        ValueError: a shape does not fit.
+        TypeError: `mask` is not boolean or `points` not floating point.
 
     >>> points, centers = torch.eye(3)[None], torch.eye(3)[None, 1:]
     >>> assign_clusters(points, centers, torch.tensor([[True, True, False]]))
@@ -110,26 +110,25 @@ def masked_kmeans(
     """Cluster the unmasked tokens of each image by cosine similarity.
 
     `iterations` Lloyd iterations (assign, then move every centre to the unit mean of its tokens)
-    are followed by one last assignment, so that the result always belongs together: `assignment`
-    is ``assign_clusters(points, result.centers, mask)`` and `counts` counts it. A cluster that
-    holds no token, or whose tokens cancel out, keeps its centre through an iteration.
+    are followed by a final assignment, so that the result is consistent: `assignment` is
+    ``assign_clusters(points, result.centers, mask)`` and `counts` counts it. A cluster without
+    tokens, or whose tokens cancel out, keeps its centre.
 
     Args:
-        points: (B, N, C) tokens; the metric only sees their direction. Masked-out tokens may hold
-            anything, NaN included.
+        points: (B, N, C) tokens of any length. Masked-out tokens may hold NaN.
         centers: (B, K, C) starting centres, e.g. of `multiscale_centers`.
         mask: (B, N) bool, True = cluster this token.
         iterations: number of Lloyd iterations, 0 to assign only.
 
     Returns:
-        The `KMeansResult`. A zero starting centre stays zero until it wins a token.
+        The `KMeansResult`. A zero starting centre stays zero until a token is assigned to it.
 
     Raises:
-        ValueError: if a shape does not fit or `iterations` is negative.
-        TypeError: if `mask` is not boolean or `points` not floating point.
+        ValueError: a shape does not fit or `iterations` is negative.
+        TypeError: `mask` is not boolean or `points` not floating point.
 
     Assumption: the paper names neither metric nor stopping rule; cosine is the similarity of
-    Algorithm 1, and a fixed number of iterations needs no look at the data.
+    Algorithm 1, and a fixed number of iterations does not depend on the data.
 
     >>> points = torch.tensor([[[1.0, 0.1], [1.0, -0.1], [0.0, 2.0]]])
     >>> result = masked_kmeans(points, torch.eye(2)[None], torch.ones(1, 3, dtype=torch.bool))
@@ -158,7 +157,7 @@ def _unit_rows(rows: Tensor) -> Tensor:
 
 
 def _unit_tokens(points: Tensor, mask: Tensor) -> Tensor:
-    """Normalise the tokens and blank the masked ones, whose NaN would survive a product with 0."""
+    """Normalise the tokens and zero the masked ones, whose NaN would remain in a product with 0."""
     return _unit_rows(points).masked_fill(~mask.unsqueeze(2), 0.0)
 
 

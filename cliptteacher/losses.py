@@ -196,7 +196,7 @@ def nel(
     """Compute the weighted focal and dice losses of the seen classes.
 
     NEL = focal_weight * `sigmoid_focal_loss` + dice_weight * `dice_loss`, L_focal + L_dice of
-    Eq. (12), arXiv:2310.02296v1. The two share everything but their formulas.
+    Eq. (12), arXiv:2310.02296v1.
 
     Args:
         logits: (B, S, H, W) raw scores of the seen classes.
@@ -314,7 +314,7 @@ def _count_present(counts: Tensor) -> Tensor:
 
 
 def full_precision(values: Tensor) -> Tensor:
-    """Bring half precision to float32; float64 stays."""
+    """Convert half precision to float32; float64 stays float64."""
     return values if values.dtype == torch.float64 else values.float()
 
 

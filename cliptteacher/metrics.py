@@ -1,7 +1,6 @@
 """Scores of generalised zero-shot segmentation: section 4.1, Eq. (13).
 
-One int64 confusion matrix over the whole data set holds everything; it adds up over images,
-shards and processes::
+All scores follow from one int64 confusion matrix, the sum over images, shards and processes::
 
     matrix[l, p] = number of pixels labelled l and predicted p       ignored pixels dropped
     IoU_c        = matrix[c, c] / (row sum + column sum - matrix[c, c])
@@ -9,7 +8,7 @@ shards and processes::
     hIoU         = 2 mIoU(S) mIoU(U) / (mIoU(S) + mIoU(U))           Eq. (13)
     pAcc         = diagonal / all
 
-Cost: one bincount per image. The range check waits for the device, as evaluation may.
+Cost: one bincount per image. The range check synchronises with the device.
 """
 
 from collections.abc import Sequence
@@ -39,8 +38,8 @@ def confusion_matrix(
         (A, A) int64, rows are labels, columns predictions.
 
     Raises:
-        ValueError: if the shapes differ or a value lies outside its range.
-        TypeError: if a tensor is not integer.
+        ValueError: the shapes differ or a value lies outside its range.
+        TypeError: a tensor is not integer.
 
     >>> confusion_matrix(torch.tensor([0, 1, 1, 1]), torch.tensor([0, 0, 1, 255]), 2).tolist()
     [[1, 1], [0, 1]]
@@ -99,7 +98,7 @@ class SegmentationMetrics:
         ignore_index: label of the pixels to drop.
 
     Raises:
-        ValueError: if an unseen index is out of range or named twice.
+        ValueError: an unseen index is out of range or named twice.
 
     >>> metrics = SegmentationMetrics(2, unseen=[1])
     >>> metrics.update(torch.tensor([0, 1, 1, 1]), torch.tensor([0, 0, 1, 255]))
@@ -125,7 +124,7 @@ class SegmentationMetrics:
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything counted so far."""
+        """Set all counts to zero."""
         self.matrix = torch.zeros(self.num_classes, self.num_classes, dtype=torch.int64)
         self._reduced = False
 
@@ -137,21 +136,21 @@ class SegmentationMetrics:
             label: integer labels of the same shape, on the same device.
 
         Raises:
-            ValueError: if the shapes differ or a value lies outside its range.
-            TypeError: if a tensor is not integer.
+            ValueError: the shapes differ or a value lies outside its range.
+            TypeError: a tensor is not integer.
             RuntimeError: after `reduce`, when the matrix already is the sum of all processes.
         """
         self._check_unreduced()
         self.matrix += confusion_matrix(pred, label, self.num_classes, self.ignore_index).cpu()
 
     def reduce(self) -> None:
-        """Add up the matrices of all processes, so that every one holds the whole data set.
+        """Sum the matrices of all processes, on each of them.
 
         Call it once, on every process, after the last `update`. Without torch.distributed it does
         nothing.
 
         Raises:
-            RuntimeError: if the matrix already is the sum of all processes.
+            RuntimeError: the matrix already is the sum of all processes.
         """
         if not (dist.is_available() and dist.is_initialized()):
             return
@@ -163,7 +162,7 @@ class SegmentationMetrics:
         self._reduced = True
 
     def compute(self) -> Scores:
-        """Compute the scores of everything counted so far.
+        """Compute the scores of all images counted so far.
 
         Returns:
             Fractions ``pAcc`` (correct over labelled pixels of all classes), ``mIoU(S)``,

@@ -11,9 +11,9 @@ Section 3.3 of arXiv:2310.02296v1. One training step, for B images with N tokens
     generate = || P_seen - T_seen ||^2                                Eq. (8), ``generate_loss``
     x        = R^T . cat(T_seen, P_u),  CE(x, L_a)                    Eq. (9)-(10)
 
-Every image owns ``slots`` label ids for its groups, used or not, so that all shapes are fixed and
-nothing waits for the device: label S + b * slots + g is group g of image b. Absent slots get a
-bias of -10^4 and cannot win.
+Every image has ``slots`` label ids for its groups, used or not, so that all shapes are fixed and
+nothing waits for the device: label S + b * slots + g is group g of image b. Unused slots get a
+logit bias of -10^4.
 
 Cost: K-Means 2 * iterations * B N K C, logits B h w C (S + B * slots) multiply-adds.
 """
@@ -47,11 +47,11 @@ class PixelTargets(NamedTuple):
     """Labels of seen and potential classes at the resolution of the student's features."""
 
     labels: Tensor  # (B, h, w) int64: [0, S) seen, S + b * slots + g potential, -1 none
-    slots: int  # potential classes that every image owns
+    slots: int  # label ids of potential classes per image
 
 
 class PixelLosses(NamedTuple):
-    """What the Pixel Learning Module adds to the loss, Eq. (8) and (10)."""
+    """The loss terms of the Pixel Learning Module, Eq. (10) and (8)."""
 
     ce: Tensor  # scalar
     generate: Tensor  # scalar
@@ -60,7 +60,7 @@ class PixelLosses(NamedTuple):
 def unannotated_share(
     labels: Tensor, grid: tuple[int, int], ignore_index: int = IGNORE_INDEX
 ) -> Tensor:
-    """Average, for every token, how many of its pixels have no label.
+    """Compute the share of unannotated pixels of every token.
 
     Args:
         labels: (B, H, W) integers.
@@ -77,15 +77,16 @@ def unannotated_share(
 def merge_labels(
     labels: Tensor, groups: Tensor, num_seen: int, slots: int, ignore_index: int = IGNORE_INDEX
 ) -> Tensor:
-    """Join seen labels and groups into L_a, Eq. (6), arXiv:2310.02296v1.
+    """Merge seen labels and groups into L_a, Eq. (6), arXiv:2310.02296v1.
 
-    A pixel with a seen label keeps it; a pixel without one gets the group of its token, if any.
+    A pixel with a seen label keeps it; a pixel without one gets the group of its token, if it has
+    one.
 
     Args:
         labels: (B, h, w) seen labels in [0, num_seen) or ``ignore_index``.
         groups: (B, h, w) groups in [0, slots) or -1.
         num_seen: S.
-        slots: potential classes that every image owns; groups from ``slots`` on are left out.
+        slots: label ids of potential classes per image; groups from ``slots`` on are dropped.
         ignore_index: the value of pixels without a label.
 
     Returns:
@@ -105,9 +106,9 @@ def class_prototypes(
 
     Args:
         features: R (B, C, h, w).
-        labels: (B, h, w) int64 in [0, num_labels), or -1 for pixels that count nowhere.
+        labels: (B, h, w) int64 in [0, num_labels), or -1 for ignored pixels.
         num_labels: L.
-        over_processes: average over the images of all processes; the gradient follows.
+        over_processes: average over the images of all processes, differentiably.
 
     Returns:
         prototypes (L, C), at least float32, zero for absent labels; present (L,) bool.
@@ -115,7 +116,7 @@ def class_prototypes(
     B, C, h, w = features.shape
     rows = features.permute(0, 2, 3, 1).reshape(B * h * w, C)
     rows = full_precision(rows)
-    bins = torch.where(labels < 0, num_labels, labels).flatten()  # the last bin is thrown away
+    bins = torch.where(labels < 0, num_labels, labels).flatten()  # the last bin is dropped
     sums = rows.new_zeros(num_labels + 1, C).index_add(0, bins, rows)[:num_labels]
     ones = rows.new_ones(B * h * w)
     counts = rows.new_zeros(num_labels + 1).index_add(0, bins, ones)[:num_labels]
@@ -128,14 +129,14 @@ def class_prototypes(
 def generate_loss(
     generated: Tensor, text: Tensor, present: Tensor, kind: GenerateLoss = "mse"
 ) -> Tensor:
-    """Pull the generated seen classifiers to their text features, Eq. (8), arXiv:2310.02296v1.
+    """Compare the generated seen classifiers with the text features, Eq. (8), arXiv:2310.02296v1.
 
     ``mse``: mean over the present classes of ||p_i - t_i||^2.
     ``bce`` (second version of the paper): binary cross entropy of sigmoid(P_seen . T^T) against
     the identity, over the rows of the present classes.
 
     Args:
-        generated: (S, C) what the adapter made of the seen prototypes.
+        generated: P_seen (S, C), the adapter's output for the seen prototypes.
         text: T (S, C) unit rows.
         present: (S,) bool, the seen classes of this batch.
         kind: "mse" or "bce".
@@ -165,11 +166,11 @@ def pixel_cross_entropy(
 
     Args:
         seen_logits: (B, S, h, w).
-        potential_logits: (B, P, h, w); their ids start at S.
-        labels: (B, h, w) int64 in [0, S + P), or -1 for pixels that count nowhere.
-        seen_competition: pixels with a seen label compete with the potential classes too.
+        potential_logits: (B, P, h, w), of the ids S to S + P - 1.
+        labels: (B, h, w) int64 in [0, S + P), or -1 for ignored pixels.
+        seen_competition: the softmax of pixels with a seen label includes the potential classes.
         over_processes: divide by the mean number of labelled pixels of all processes, so that the
-            mean of their losses is the loss of one process with all the images.
+            mean of the losses is that of one process with all images.
 
     Returns:
         scalar, the mean over the labelled pixels; 0 without one.
@@ -185,7 +186,7 @@ def pixel_cross_entropy(
 
 
 def count_labelled(labelled: Tensor, over_processes: bool = False) -> Tensor:
-    """Count pixels (bool, any shape), or average the counts of all processes; at least 1."""
+    """Count the pixels of a bool mask, or average the counts of all processes; at least 1."""
     count = labelled.sum()
     return (mean_over_processes(count.float()) if over_processes else count).clamp(min=1)
 
@@ -199,19 +200,19 @@ class PLMConfig:
     seeding: Seeding = "grid"  # reading of Eq. (4)-(5), see kmeans.multiscale_centers
     kmeans_iterations: int = 10  # Lloyd iterations
     fusion_threshold: float = 0.8  # lambda of Algorithm 1
-    potential_slots: int | None = None  # potential classes an image may own; None: all
-    potential_scope: PotentialScope = "batch"  # pixels compete with groups of the batch or image
+    potential_slots: int | None = None  # most potential classes of an image; None: no limit
+    potential_scope: PotentialScope = "batch"  # softmax over the groups of the batch or the image
     pseudo_similarity: Similarity = "dot"  # student features against potential classifiers
     pseudo_scale: float = 1.0  # factor of the potential logits
     detach_prototypes: bool = False  # no gradient from the VLA's queries into the student
-    seen_competition: bool = True  # seen pixels compete with potential classes too
-    over_processes: bool = False  # prototypes, VLA keys and CE of all processes' images
+    seen_competition: bool = True  # softmax of seen pixels over the potential classes too
+    over_processes: bool = False  # prototypes, VLA keys and CE over the images of all processes
     adapter: Adapter = "decoder"  # Table 5: decoder, mlp, identity
     generate_loss: GenerateLoss = "mse"  # Eq. (8), or "bce" of the paper's second version
 
 
 class PixelLearningModule(nn.Module):
-    """Find potential objects in the unannotated area and learn to tell them apart.
+    """Find potential objects in the unannotated area and train the student to separate them.
 
     Args:
         channels: C.
@@ -232,8 +233,8 @@ class PixelLearningModule(nn.Module):
             labels: (B, H, W) seen labels at the size of the image, 255 without.
 
         Returns:
-            (B, h, w) int64, the group of every token, -1 where the token is annotated; and K, the
-            number of clusters that an image starts with, which no group id reaches.
+            (B, h, w) int64, the group of every token in [0, K), -1 where the token is annotated;
+            and K, the number of initial centres of an image.
         """
         B, _, h, w = dense.shape
         config, dense = self.config, dense.float()
@@ -252,7 +253,7 @@ class PixelLearningModule(nn.Module):
     def make_targets(
         self, dense: Tensor, labels: Tensor, size: tuple[int, int], num_seen: int
     ) -> PixelTargets:
-        """Make L_a, Eq. (6), at the resolution (h, w) of the student's features."""
+        """Compute L_a, Eq. (6), at the resolution (h, w) of the student's features."""
         groups, num_clusters = self.group_tokens(dense, labels)
         slots = self.config.potential_slots
         slots = num_clusters if slots is None else slots
@@ -312,7 +313,7 @@ def own_image_ids(labels: Tensor, num_seen: int, slots: int) -> Tensor:
 
 
 def resize_nearest(labels: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bring an integer map (B, H, W) to (h, w) by nearest sampling at the pixel centres."""
+    """Resize an integer map (B, H, W) to (h, w) by nearest sampling at the pixel centres."""
     H, W = labels.shape[1:]
     # floor((i + 1/2) H / h) in integers: a centre on a border never depends on rounding
     rows = (2 * torch.arange(size[0], device=labels.device) + 1) * H // (2 * size[0])

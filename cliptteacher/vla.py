@@ -2,15 +2,15 @@
 
 Section 3.3 and Figure 4b of arXiv:2310.02296v1. The prototypes of a batch (one per present seen
 class and one per potential object) are the queries of a transformer decoder, the CLS tokens of the
-batch are keys and values; what comes out lives near CLIP's text features and serves as a
-classifier. Table 5 compares the decoder with an MLP and with the prototypes themselves.
+batch are keys and values; the outputs are trained towards CLIP's text features and serve as
+classifiers. Table 5 compares the decoder with an MLP and with the prototypes themselves.
 
     x = x + SelfAttention(norm(x))            among the present prototypes
-    x = x + CrossAttention(norm(x), cls)      the sets are unordered: no positional code
+    x = x + CrossAttention(norm(x), cls)      the sets are unordered: no positional embedding
     x = x + MLP(norm(x))
 
-Training only; nothing of it remains at inference. Cost: 16 L C^2 + 2 L^2 C + 2 L B C
-multiply-adds for L prototypes and B images, small beside one image of a student.
+Used in training only. Cost: 16 L C^2 + 2 L^2 C + 2 L B C multiply-adds for L prototypes and B
+images, little beside the forward pass of a student.
 """
 
 from __future__ import annotations

@@ -233,7 +233,6 @@ FRAMEWORK = [
     ("own pair count on each rank", "pair_count=mean_over_processes(pairs)", "pair_count=pairs", TWO_PROCESSES),
     ("similarity not passed on", "config.logit_scale, config.similarity)", "config.logit_scale)", {"select": "every_option"}),
     ("parts not passed on", "tokens, parts))", "tokens))", {"select": "parts"}),
-    ("pixels of the images counted alone", "labels != IGNORE_INDEX, over_processes)", "labels != IGNORE_INDEX)", {"tests": ("two_as_one",), "select": "seen"}),
     ("an adapter without gradient", "config if self.uses_adapter else replace", "config if True else replace", {"select": "every_trainable"}),
     ("tokens of inference mode", "cls=teacher.cls.clone()", "cls=teacher.cls", ONE_PROCESS),
     ("default similarity", 'similarity: Similarity = "dot"  #', 'similarity: Similarity = "cosine"  #', DEFAULTS),
@@ -262,32 +261,37 @@ LOGITS = [
 ]
 
 STUDENT = [
-    ("frozen parts trained again", "for part in module.modules() if part.training]", "for part in module.modules()]"),
+    ("frozen parts trained again", "part.training = training", "part.training = True"),
     ("no eval mode", "    module.eval()\n", ""),
 ]
 
 DISTRIBUTED = [
-    ("first row without the batch size", "dist.get_rank() * B", "dist.get_rank()"),
-    ("gathered rows keep the graph", "return values.detach(), 0", "return values, 0", {"tests": ("glm",), "select": "alone"}),
-    ("gradient of this process alone", "        dist.all_reduce(gradient)\n", ""),
-    ("sum instead of mean", "return values / dist.get_world_size()", "return values"),
-    ("buffers of the last process", "dist.broadcast(buffer, 0)", "dist.broadcast(buffer, 1)"),
+    ("first row without the batch size", "dist.get_rank() * B", "dist.get_rank()", TWO_PROCESSES),
+    ("gathered rows keep the graph", "return values.detach(), 0", "return values, 0", {"select": "alone"}),
+    ("sum instead of mean", "return values / dist.get_world_size()", "return values", {"tests": ("framework",), **TWO_PROCESSES}),
+    ("mean of this process", "    dist.all_reduce(values)\n    return values / dist", "    return values / dist", {"tests": ("framework",), **TWO_PROCESSES}),
+    ("rows of rank 0 alone", "dist.all_gather_into_tensor(gathered, values.detach().contiguous())", "dist.all_gather_into_tensor(gathered, 0 * values.detach().contiguous())", TWO_PROCESSES),
+]
+
+SLIDING = [
+    ("windows added up", "return total / count", "return total"),
+    ("last window beyond the border", "min(step * stride, last)", "step * stride"),
+    ("one window too few", "for step in range(steps + 1)]", "for step in range(steps)]"),
+    ("rows and columns of windows swapped", "for y, x in chunk]", "for x, y in chunk]"),
+    ("width of a window taken for its height", "min(window, H), min(window, W)", "min(window, W), min(window, H)"),
+    ("overlaps written over", "[:, :, y : y + height, x : x + width] += part", "[:, :, y : y + height, x : x + width] = part"),
+    ("gaps accepted", "if not 1 <= stride <= window:", "if not 1 <= stride:"),
 ]
 
 INFERENCE = [
-    ("windows added up", "return total / count", "return total"),
     ("text normalised over classes", "text_features.detach().float(), dim=1)", "text_features.detach().float(), dim=0)"),
-    ("divided by 256", "images.float() / 255", "images.float() / 256"),
     ("logit scale not passed on", "text_features, self.logit_scale, self.similarity", "text_features, 1.0, self.similarity"),
-    ("rows and columns of windows swapped", "for y, x in chunk]", "for x, y in chunk]"),
     ("default gamma", "gamma: float = 1.5,", "gamma: float = 1.0,", DEFAULTS),
     ("default stride", "stride: int = 426,", "stride: int = 512,", DEFAULTS),
     ("size divisor not passed on", "images, self.size_divisor)", "images, 1)"),
     ("default size divisor", "size_divisor: int = 1,", "size_divisor: int = 32,", DEFAULTS),
     ("bonus subtracted", "self.bonus[list(unseen)] = gamma", "self.bonus[list(unseen)] = -gamma"),
     ("bonus for all classes", "self.bonus[list(unseen)] = gamma", "self.bonus[:] = gamma"),
-    ("last window beyond the border", "[*range(0, last, stride), last]", "[*range(0, last + stride, stride)]"),
-    ("no window at the border", "[*range(0, last, stride), last]", "[*range(0, last, stride)] or [0]"),
     ("similarity not passed on", "self.logit_scale, self.similarity)", "self.logit_scale)"),
     ("results of inference mode", "    @torch.no_grad()\n    def forward", "    @torch.inference_mode()\n    def forward", {"select": "ordinary"}),
     ("logits of inference mode", "    @torch.no_grad()\n    def logits", "    @torch.inference_mode()\n    def logits", {"select": "ordinary"}),
@@ -298,7 +302,7 @@ INFERENCE = [
     ("stored features in the old order", "self.text_features[[known[key] for key in keys]]", "self.text_features[: len(keys)]", WORDS),
     ("templates of training forgotten", ', self.checkpoint.get("templates", "single"))', ")", WORDS),
     ("another teacher accepted", "if teacher.embed_dim != width:", "if False:", WORDS),
-    ("unread words not named", "unread = tuple(unread_words(teacher, words))", "unread = ()", WORDS),
+    ("unread words not named", "unread = unread_words(teacher, words)", "unread = ()", WORDS),
     ("words ignored", "self if words is None else self.with_words(words, clip)", "self", WORDS),
     ("resize of the checkpoint forgotten", '"resize": tuple(content.pop("resize")) or None', '"resize": None', SAVED),
     ("size divisor of the checkpoint forgotten", '"logit_scale", "similarity", "size_divisor")', '"logit_scale", "similarity")', SAVED),
@@ -595,8 +599,9 @@ GROUPS = [
     ("metrics.py", ("metrics",), METRICS),
     ("framework.py", ("framework",), FRAMEWORK),
     ("logits.py", ("logits",), LOGITS),
-    ("distributed.py", ("two_as_one",), DISTRIBUTED),
+    ("distributed.py", ("glm",), DISTRIBUTED),
     ("inference.py", ("inference",), INFERENCE),
+    ("sliding.py", ("inference",), SLIDING),
     ("segmenters/student.py", ("inference",), STUDENT),
     ("segmenters/padding.py", ("padding",), PADDING),
     ("segmenters/fpn.py", ("fpn",), FPN),

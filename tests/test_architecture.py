@@ -20,11 +20,11 @@ LEVELS = {
     **dict.fromkeys(("framework", "inference", "visualize"), 2),
     **dict.fromkeys(("evaluation", "training"), 3),
 }
-BESIDE = {"command_line": {"files"}, "tensors": {"files"}, "checkpoint": {"files", "logits"}}
+BESIDE = {"tensors": {"files"}, "checkpoint": {"files", "logits"}, "command_line": {"files"}}
 ROOT = {"IGNORE_INDEX"}  # what the rooms take from the package itself
-LEAVES = ("kmeans", "fusion", "losses", "metrics", "logits")
+LEAVES = ("kmeans", "fusion", "losses", "metrics", "logits", "sliding")
 PACKAGES = {"torch", "torchvision", "ftfy", "regex", "numpy", "PIL"}
-ALONE = (*LEAVES, "vla", "sliding", "distributed", "data/miniworld", "clip/model")
+ALONE = (*LEAVES, "vla", "distributed", "data/miniworld", "clip/model")
 
 
 def room_of(path: Path) -> str:

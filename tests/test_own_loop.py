@@ -25,6 +25,7 @@ def samples(count: int) -> TensorDataset:
     return TensorDataset(torch.stack(images).float() / 255, torch.stack(labels))
 
 
+@pytest.mark.filterwarnings("ignore:the CLIP never read")
 def test_the_loop_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
