@@ -1,4 +1,4 @@
-"""Write the tables of both READMEs from the JSON files of the ablations, so that none is typed.
+"""Write the tables of all pages from the JSON files of the ablations, so that none is typed.
 
     python benchmarks/evidence.py            # rewrites the blocks
     python benchmarks/evidence.py --check    # exit status 1 where a block is not what the files say
@@ -14,25 +14,28 @@ Or it compares one row in several settings, a line for each file, by its scores 
 against `full`:
 
     <!-- evidence: ablation_table_3 ablation_dice_1; changes of no_ce -->
+
+Scores are means over the seeds with the sample standard deviation. A change against `full` is taken
+seed by seed, for two rows of one seed share data order and first weights; where its mean is smaller
+than its standard deviation, the row is called "within the spread".
 """
 
 from __future__ import annotations
 
+import argparse
+import itertools
 import json
 import re
-import sys
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cliptteacher.evaluation import SCORES
+from cliptteacher.files import write_text
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
-from ablation_report import number, verdict, weights_of  # noqa: E402
-
-from cliptteacher.evaluation import SCORES  # noqa: E402
-
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
 BLOCK = re.compile(
     r"(?P<first><!-- evidence: (?P<files>[\w ]+?)(?:; rows: (?P<rows>[\w .]+?))?"
     r"(?P<short>; scores only)?(?:; (?P<what>changes|scores) of (?P<row>\w+))? -->\n)"
@@ -41,37 +44,50 @@ BLOCK = re.compile(
 )
 
 
-def main() -> None:
-    check = "--check" in sys.argv
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing; status 1 if stale")
+    check = parser.parse_args(argv).check
     stale: list[str] = []
-    for page in PAGES:
+    for page in pages():
         text = page.read_text()
         fresh = BLOCK.sub(filled, text)
-        if fresh == text:
-            continue
-        stale.append(str(page.relative_to(ROOT)))
-        if not check:
-            page.write_text(fresh)
+        if fresh != text:
+            stale.append(str(page.relative_to(ROOT)))
+            if not check:
+                write_text(fresh, page)
     print("stale:" if check else "rewritten:", ", ".join(stale) or "nothing")
     raise SystemExit(check and bool(stale))
 
 
+def pages() -> list[Path]:
+    """Every Markdown page of the project."""
+    return sorted(
+        page
+        for folder in (".", "benchmarks", "examples", "cliptteacher/**")
+        for page in (ROOT / folder).glob("*.md")
+    )
+
+
 def filled(block: re.Match[str]) -> str:
     """The block with the table that its first line asks for."""
-    files = block["files"].split()
+    contents = [read(file) for file in block["files"].split()]
     names = block["rows"].split() if block["rows"] else None
     if block["row"]:
-        lines = settings_table(files, block["row"], changes=block["what"] == "changes")
+        lines = settings_table(contents, block["row"], changes=block["what"] == "changes")
     else:
-        lines = table(files, names, compare=block["short"] is None)
+        lines = table(contents, names, compare=block["short"] is None)
     return "\n".join([block["first"], *lines, "", block["last"]])
 
 
-def table(files: Sequence[str], names: Sequence[str] | None, *, compare: bool) -> list[str]:
-    """Finished rows of several ablations with one base; one that stands in two comes once."""
+def table(
+    contents: Sequence[dict[str, Any]], names: Sequence[str] | None = None, *, compare: bool = True
+) -> list[str]:
+    """Finished rows of ablations with one base; one that stands in two of them comes once."""
     found: dict[str, list[str]] = {}
-    for file in files:
-        content = read(file)
+    for content in contents:
         for row in content["rows"]:
             if row["hIoU"]["mean"] is not None:
                 found.setdefault(row["row"], cells(row, content, compare))
@@ -80,14 +96,12 @@ def table(files: Sequence[str], names: Sequence[str] | None, *, compare: bool) -
     return as_markdown(head, [found[name] for name in names or found])
 
 
-def settings_table(files: Sequence[str], name: str, *, changes: bool) -> list[str]:
+def settings_table(contents: Sequence[dict[str, Any]], name: str, *, changes: bool) -> list[str]:
     """One row of each file: its scores, or its changes against `full` with the paper's above."""
     lines: list[list[str]] = []
-    contents = [read(file) for file in files]
     if changes:
         base, row = (find(contents[0], each)["paper"] for each in ("full", name))
-        told = [f"{row[score] - base[score]:+.1f}" for score in SCORES]
-        lines.append(["the paper", "-", *told])
+        lines.append(["the paper", "-", *(f"{row[it] - base[it]:+.1f}" for it in SCORES)])
     for content in contents:
         row = find(content, name)
         runs = finished(content, name)
@@ -102,10 +116,58 @@ def settings_table(files: Sequence[str], name: str, *, changes: bool) -> list[st
 
 def setting(settings: dict[str, Any]) -> str:
     """Data, base, iterations if not the recipe's, and weights of terms if not the base's."""
-    weights = [f"`{weight}`" for weight in weights_of(settings)]
+    pairs = itertools.pairwise(settings["more"])
+    weights = [f"`{flag} {value}`" for flag, value in pairs if flag.endswith("-weight")]
     data = {"folder": "photographs"}.get(settings["data"], settings["data"])
     length = [f"{settings['iterations']} iterations"] if settings["iterations"] else []
     return ", ".join([data, settings["base"], *length, *weights])
+
+
+def cells(row: dict[str, Any], content: dict[str, Any], compare: bool) -> list[str]:
+    """One row: title, seeds, scores and, if asked, the change against the base."""
+    base = content["rows"][0]
+    runs = finished(content, row["row"])
+    scores = [number([run[name] for run in runs if run[name] is not None]) for name in SCORES]
+    line = ["full" if row is base else row["title"], str(len(runs)), *scores]
+    if compare:
+        change = [] if row is base else row["hIoU"]["change_by_seed"]
+        paper = None
+        if row["paper"] and row is not base:
+            paper = round(row["paper"]["hIoU"] - base["paper"]["hIoU"], 1)
+        line += [number(change, signed=True), "-" if paper is None else f"{paper:+.1f}"]
+        line.append(verdict(paper, change) or "-")
+    return line
+
+
+def number(values: Sequence[float], signed: bool = False) -> str:
+    """Write mean and spread, "-" without a value."""
+    if not values:
+        return "-"
+    mean, spread = mean_and_spread(values)
+    text = f"{mean:+.1f}" if signed else f"{mean:.1f}"
+    return text if spread is None else f"{text} ± {spread:.1f}"
+
+
+def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and sample standard deviation; None of a single value."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def verdict(paper: float | None, found: Sequence[float]) -> str:
+    """Compare the sign of a change with that in the paper."""
+    if not found:
+        return ""
+    mean, spread = mean_and_spread(found)
+    if spread is not None and abs(mean) <= spread:
+        return "within the spread"
+    if paper is None:
+        return f"{sign(mean)}, not in the paper"
+    seeds = "" if spread is not None else ", one seed"
+    return ("same sign" if sign(mean) == sign(paper) else "other sign") + seeds
+
+
+def sign(change: float) -> str:
+    return "+" if change > 0 else "-" if change < 0 else "0"
 
 
 def as_markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
@@ -127,23 +189,6 @@ def find(content: dict[str, Any], name: str) -> dict[str, Any]:
 def finished(content: dict[str, Any], name: str) -> list[dict[str, float]]:
     """The scores of the finished runs of a row."""
     return [run["scores"] for run in content["runs"] if run["row"] == name and run["scores"]]
-
-
-def cells(row: dict[str, Any], content: dict[str, Any], compare: bool) -> list[str]:
-    """One row: title, seeds, scores and, if asked, the change against the base."""
-    base = content["rows"][0]
-    runs = finished(content, row["row"])
-    scores = [number([run[name] for run in runs]) for name in SCORES]
-    title = "full" if row is base else row["title"]
-    line = [title, str(len(runs)), *scores]
-    if compare:
-        change = [] if row is base else row["hIoU"]["change_by_seed"]
-        paper = None
-        if row["paper"] and row is not base:
-            paper = round(row["paper"]["hIoU"] - base["paper"]["hIoU"], 1)
-        line += [number(change, signed=True), "-" if paper is None else f"{paper:+.1f}"]
-        line.append(verdict(paper, change) or "-")
-    return line
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
 """The rows of Tables 3-5 of arXiv:2310.02296v1, and of the questions that the paper leaves open.
 
-Data only; ``examples/ablate.py`` runs them. A row says in which fields it differs from the base,
-which is the recipe of the data set (``miniworld``, ``folder``) or that recipe with the literal
-Pixel Learning Module. A row with ``checkpoints_of`` trains nothing: it evaluates the finished
-students of another row with another gamma.
+Data only; ``benchmarks/ablate.py`` runs them. A row says in which fields it differs from the base:
+the recipe of the data set (``miniworld``, ``folder``), or that recipe with the literal Pixel
+Learning Module. A row with ``checkpoints_of`` trains nothing: it evaluates the students of another
+row with another gamma.
 
     3         the terms of the loss                            Table 3
     4         pooling of the Global Learning Module            Table 4
     5         Vision-Language Adapter                          Table 5
-    bounds    what is there without the method, and above it
+    bounds    upper and lower bounds that the paper lacks
     readings  choices that the paper's text leaves open
     windows   CLS tokens of windows of the image, beyond the paper
     main      the rows above that answer most, in one table
@@ -16,18 +16,19 @@ students of another row with another gamma.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .paper_recipes import PAPER_ROWS, Scores
+from cliptteacher.training.paper_recipes import PAPER_ROWS, Scores
 
-CLIP_DENSE = "clip_dense"  # the one row without a student
+CLIP_ONLY = "clip_dense"  # the one row without a student
 
 # The Pixel Learning Module as the paper's text has it, on top of a recipe that reads it gently.
 LITERAL: dict[str, Any] = {
     "potential_scope": "batch",
     "potential_slots": None,
-    "pseudo_logits": "dot",
+    "pseudo_similarity": "dot",
     "pseudo_scale": 1.0,
     "detach_prototypes": False,
     "seen_competition": True,
@@ -45,8 +46,6 @@ class AblationRow:
     paper: str | None = None  # name of the paper's row, ablation_<paper>
     checkpoints_of: str | None = None  # evaluate the students of this row instead of training
     gamma: float | None = None  # at this gamma
-    split: str | None = None  # on this split; None: the one that the base is tested on
-    calibrate_on: str | None = None  # or at the gamma that is best on this split
 
     @property
     def paper_scores(self) -> Scores | None:
@@ -58,16 +57,23 @@ def _row(name: str, title: str, paper: str | None = None, **overrides: Any) -> A
     return AblationRow(name=name, title=title, paper=paper, overrides=overrides)
 
 
-def _full(title: str = "full") -> AblationRow:
-    return _row("full", title, paper="full")
+def _values(name: str, title: str, option: str, values: Sequence[Any]) -> list[AblationRow]:
+    """A row for every value of one option."""
+    rows = []
+    for value in values:
+        words = "_".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        rows.append(_row(f"{name}_{words}", f"{title} {value}", **{option: value}))
+    return rows
 
 
+_FULL = _row("full", "full", paper="full")
+_CLOSED_SET = _row("closed_set", "upper bound: labels of all classes", closed_set=True)
 _TERMS_OFF: dict[str, Any] = {
     **{"global_weight": 0.0, "ce": "none", "focal_weight": 0.0, "dice_weight": 0.0},
     "generate_weight": 0.0,
 }
 _TABLE_3 = (
-    _full(),
+    _FULL,
     _row("no_nel", "without focal and dice", "no_focal_dice", focal_weight=0.0, dice_weight=0.0),
     _row("no_ce", "without any cross entropy", "no_ce", ce="none"),
     _row("seen_ce", "cross entropy on seen pixels only", ce="seen"),
@@ -82,18 +88,18 @@ _TABLE_3 = (
     _row("no_generate", "without L_generate", "no_generate", generate_weight=0.0),
 )
 _TABLE_4 = (
-    _full("full: GLM with attention"),
+    _FULL,
     _row("glm_mean", "GLM: mean", "glm_mean", glm_pooling="mean"),
     _row("glm_max", "GLM: max", "glm_max", glm_pooling="max"),
 )
 _TABLE_5 = (
-    _full("full: adapter is a decoder"),
+    _FULL,
     _row("adapter_mlp", "adapter: MLP", "adapter_mlp", adapter="mlp"),
     _row("adapter_identity", "adapter: none", "adapter_identity", adapter="identity"),
 )
 _BOUNDS = (
-    _full(),
-    _row("closed_set", "upper bound: labels of all classes", closed_set=True),
+    _FULL,
+    _CLOSED_SET,
     _row(
         "seen_only",
         "seen labels only: no GLM, no PLM",
@@ -102,66 +108,38 @@ _BOUNDS = (
         generate_weight=0.0,
     ),
     _row("distill", "student of CLIP's dense tokens only", **_TERMS_OFF, distill_weight=1.0),
-    AblationRow(name=CLIP_DENSE, title="CLIP's dense tokens, no student"),
+    AblationRow(name=CLIP_ONLY, title="CLIP's dense tokens, no student"),
 )
-
-
-def _gamma_row(gamma: float) -> AblationRow:
-    return AblationRow(
-        name=f"gamma_{gamma:g}",
-        title=f"gamma {gamma:g}, on val",
-        checkpoints_of="full",
-        gamma=gamma,
-        split="val",
-    )
-
-
 _READINGS = (
-    _full("full (the base)"),
-    _row("seeding_grid", "seeding grid", seeding="grid"),
-    _row("seeding_window", "seeding window", seeding="window"),
-    _row("seeding_sliding", "seeding sliding", seeding="sliding"),
-    _row("tokens_projected", "tokens projected", tokens="projected"),
-    _row("tokens_final", "tokens final", tokens="final"),
-    _row("scope_image", "potential scope image", potential_scope="image"),
-    _row("scope_batch", "potential scope batch", potential_scope="batch"),
+    _FULL,
+    *_values("seeding", "seeding", "seeding", ("grid", "window", "sliding")),
+    *_values("tokens", "tokens", "tokens", ("projected", "final")),
+    *_values("scope", "potential scope", "potential_scope", ("image", "batch")),
     _row("generate_mse", "L_generate mse", generate_loss="mse"),
     _row("generate_bce", "L_generate bce (v2)", generate_loss="bce"),
-    _row("pseudo_dot", "pseudo logits dot", pseudo_logits="dot", pseudo_scale=1.0),
-    _row("pseudo_cosine", "pseudo logits cosine x 10", pseudo_logits="cosine", pseudo_scale=10.0),
-    _row("bank_0", "CLS bank 0", bank_size=0),
-    _row("bank_24", "CLS bank 24", bank_size=24),
-    *(
-        _row(f"lambda_{value:g}", f"lambda {value:g}", fusion_threshold=value)
-        for value in (0.7, 0.8, 0.9)
+    _row("pseudo_dot", "pseudo logits dot", pseudo_similarity="dot", pseudo_scale=1.0),
+    _row(
+        "pseudo_cosine", "pseudo logits cosine x 10", pseudo_similarity="cosine", pseudo_scale=10.0
     ),
-    _row("one_group", "lambda -1: one group", fusion_threshold=-1.0),  # nothing to tell apart
-    *(
-        _row(f"scales_{'_'.join(map(str, value))}", f"scales {value}", scales=value)
-        for value in ((3,), (7,), (3, 7), (5,))
-    ),
-    *(
-        _row(f"kmeans_{value}", f"K-Means iterations {value}", kmeans_iterations=value)
-        for value in (3, 10, 30)
-    ),
+    *_values("bank", "CLS bank", "bank_size", (0, 24)),
+    *_values("lambda", "lambda", "fusion_threshold", (0.7, 0.8, 0.9)),
+    _row("one_group", "lambda -1: one group", fusion_threshold=-1.0),  # one group an image
+    *_values("scales", "scales", "scales", ((3,), (7,), (3, 7), (5,))),
+    *_values("kmeans", "K-Means iterations", "kmeans_iterations", (3, 10, 30)),
     _row("detach_on", "prototypes detached", detach_prototypes=True),
     _row("detach_off", "prototypes not detached", detach_prototypes=False),
     _row("seen_competition_on", "seen competition on", seen_competition=True),
     _row("seen_competition_off", "seen competition off", seen_competition=False),
-    *map(_gamma_row, (-2.0, -1.0, -0.5, 0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0)),
 )
 _WINDOWS = (
-    _full("full: one CLS token an image"),
-    *(
-        _row(f"windows_{'_'.join(map(str, value))}", f"GLM with windows {value}", glm_windows=value)
-        for value in ((1, 2), (2,), (2, 4), (4,))
-    ),
-    _row("closed_set", "upper bound: labels of all classes", closed_set=True),
+    _FULL,
+    *_values("windows", "GLM with windows", "glm_windows", ((1, 2), (2,), (2, 4), (4,))),
+    _CLOSED_SET,
 )
 
 _MAIN_NAMES = (
     *("full", "no_glm", "seen_ce", "no_ce", "no_generate", "windows_2", "windows_2_4"),
-    *("seen_only", "closed_set", CLIP_DENSE),
+    *("seen_only", "closed_set", CLIP_ONLY),
 )
 _BY_NAME = {row.name: row for row in (*_WINDOWS, *_BOUNDS, *_TABLE_3)}
 
@@ -176,18 +154,7 @@ TABLES: dict[str, tuple[AblationRow, ...]] = {
 }
 
 
-def calibrated(row: AblationRow) -> AblationRow:
-    """The students of a row once more, each at the gamma that is best on validation scenes.
-
-    Rows differ in the size of their logits, so that one gamma for all of them favours the row it
-    was chosen for.
-    """
-    return AblationRow(
-        name=f"{row.name}@val", title=row.title, checkpoints_of=row.name, calibrate_on="val"
-    )
-
-
-def select_rows(table: str, names: list[str] | None = None) -> tuple[AblationRow, ...]:
+def select_rows(table: str, names: Sequence[str] | None = None) -> tuple[AblationRow, ...]:
     """Pick rows of a table by name, in the table's order; ``full`` is always among them.
 
     Args:
@@ -196,7 +163,7 @@ def select_rows(table: str, names: list[str] | None = None) -> tuple[AblationRow
             that row with it.
 
     Raises:
-        ValueError: there is no such row in this table.
+        ValueError: the table has no such row.
     """
     rows = TABLES[table]
     if names is None:
