@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 from ablation_rows import BASES, CLIP_ONLY, TABLES, AblationRow, select_rows
-from evidence import as_markdown, mean_and_spread, table
+from evidence import as_markdown, draw_chart, mean_and_spread, table, title_of
 
 from cliptteacher.distributed import Process
 from cliptteacher.evaluation import SCORES
@@ -307,12 +307,12 @@ def write_report(
     values = {name: collect(runs[name]) for name in runs}
     content = {
         "table": args.table,
-        "settings": {**{it: getattr(args, it) for it in names}, "environment": environment},
+        "settings": {**{name: getattr(args, name) for name in names}, "environment": environment},
         "rows": [row_as_json(row, values[row.name], values["full"]) for row in rows],
         "runs": [{**run.summary(), "row": name} for name in runs for run in runs[name]],
     }
     lines = [
-        f"# {'Table ' if args.table.isdigit() else ''}{args.table} on {args.data}\n",
+        f"# {title_of(content)}\n",
         f"`{environment['command']}`; {environment['date'][:10]}, commit {environment['commit']}, "
         f"torch {environment['torch']}. Percent, mean ± standard deviation over the seeds. The "
         "paper's rows: SegFormer-B0 on PASCAL Context, 20,000 iterations.\n",
@@ -364,33 +364,6 @@ def row_as_json(
         change = [own[seed] - there[seed] for seed in sorted(own.keys() & there.keys())]
         result[name] = {"mean": mean, "std": spread, "change_by_seed": change}
     return {"row": row.name, **result}
-
-
-def draw_chart(content: dict[str, Any], path: Path) -> None:
-    """Draw bars of the means with their spreads, and diamonds where the paper's scores are."""
-    from matplotlib.figure import Figure
-
-    shown, rows = ("mIoU(S)", "mIoU(U)", "hIoU"), content["rows"]
-    figure = Figure(figsize=(8, 1.2 + 0.55 * len(rows)), layout="constrained")
-    axes = figure.subplots()
-    for number, name in enumerate(shown):
-        places = [k + 0.27 * (number - 1) for k in range(len(rows))]
-        means = [row[name]["mean"] or 0.0 for row in rows]
-        spreads = [row[name]["std"] or 0.0 for row in rows]
-        axes.barh(places, means, 0.25, xerr=spreads, label=name, error_kw={"elinewidth": 0.8})
-        paper = [
-            (row["paper"][name], at) for row, at in zip(rows, places, strict=True) if row["paper"]
-        ]
-        axes.plot(
-            *zip(*paper, strict=True), "kD", markersize=3, label="paper" if number == 2 else None
-        )
-    axes.set_yticks(range(len(rows)), [row["title"] for row in rows])
-    axes.invert_yaxis()
-    axes.set_xlabel("percent; mean and standard deviation over the seeds")
-    axes.set_title(f"{content['table']} on {content['settings']['data']}")
-    axes.legend(loc="lower right", fontsize="small")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import re
 import statistics
 from collections.abc import Sequence
@@ -189,6 +190,35 @@ def find(content: dict[str, Any], name: str) -> dict[str, Any]:
 def finished(content: dict[str, Any], name: str) -> list[dict[str, float]]:
     """The scores of the finished runs of a row."""
     return [run["scores"] for run in content["runs"] if run["row"] == name and run["scores"]]
+
+
+def title_of(content: dict[str, Any]) -> str:
+    """Table and data, as a heading."""
+    table = content["table"]
+    return f"{'Table ' if table.isdigit() else ''}{table} on {content['settings']['data']}"
+
+
+def draw_chart(content: dict[str, Any], path: Path) -> None:
+    """Draw bars of the means with their spreads, and diamonds where the paper's scores are."""
+    from matplotlib.figure import Figure
+
+    shown, rows = ("mIoU(S)", "mIoU(U)", "hIoU"), content["rows"]
+    figure = Figure(figsize=(8, 1.2 + 0.55 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    for number, name in enumerate(shown):
+        places = [k + 0.27 * (number - 1) for k in range(len(rows))]
+        means = [row[name]["mean"] or 0.0 for row in rows]
+        spreads = [row[name]["std"] or 0.0 for row in rows]
+        axes.barh(places, means, 0.25, xerr=spreads, label=name, error_kw={"elinewidth": 0.8})
+        paper = [row["paper"][name] if row["paper"] else math.nan for row in rows]
+        axes.plot(paper, places, "kD", markersize=3, label="" if number else "paper")
+    axes.set_yticks(range(len(rows)), [row["title"] for row in rows])
+    axes.invert_yaxis()
+    axes.set_xlabel("percent; mean and standard deviation over the seeds")
+    axes.set_title(title_of(content), loc="left")
+    figure.legend(loc="outside upper right", ncols=4, fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,9 @@
     python examples/plot.py runs/a --keys total ce hIoU --log --smooth 0.9
 
 A panel per figure of metrics.jsonl, a colour per run. With --smooth, losses are exponential means
-that run from both ends, so that they do not lag, with the figures themselves pale behind them.
-Scores of the split that is evaluated on the way are dots on a line, those of another split (the
-test at the end) are diamonds. Pillow alone draws.
+taken from both ends, so that they do not lag, with the figures themselves pale behind them. Scores
+of the split that is evaluated on the way are dots on a line, those of another split (the test at
+the end) are diamonds. Needs matplotlib: pip install 'cliptteacher[plot]'.
 """
 
 from __future__ import annotations
@@ -19,16 +19,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from curves import Curve, Panel, draw_figure
-
 from cliptteacher.evaluation import SCORES
 
 FACTS = ("step", "lr", "images_per_second", "data_wait", "peak_memory_gib", "seconds_left")
+TITLES = {"lr": "learning rate", "total": "total loss"}
 Rows = list[dict[str, Any]]
 
 
 class Run(NamedTuple):
-    """What a run wrote down: lines of training, and lines of evaluation."""
+    """The lines of a run's metrics.jsonl: those of training, and those of evaluation."""
 
     name: str
     training: Rows
@@ -44,12 +43,12 @@ def main(argv: list[str] | None = None) -> None:
         missing = [key for key in keys if key not in known]
         if missing:
             raise ValueError(f"no run has {missing[0]!r}; choose among {', '.join(known)}")
-    except (FileNotFoundError, ValueError) as error:
+        figure = draw(runs, keys, args.smooth, args.log)
+    except (FileNotFoundError, ModuleNotFoundError, ValueError) as error:
         raise SystemExit(f"error: {error}") from None
-    panels = [make_panel(key, runs, args.smooth, args.log) for key in keys]
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    draw_figure(panels, [run.name for run in runs]).save(args.output)
-    print(f"{len(runs)} runs, {len(panels)} panels in {args.output}")
+    figure.savefig(args.output, dpi=150)
+    print(f"{len(runs)} runs, {len(keys)} panels in {args.output}")
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -57,7 +56,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory")
-    parser.add_argument("--output", type=Path, default=Path("curves.png"), help="PNG to write")
+    parser.add_argument("--output", type=Path, default=Path("curves.png"), help="picture to write")
     parser.add_argument("--keys", nargs="+", help="figures of metrics.jsonl; default all but speed")
     parser.add_argument("--log", action="store_true", help="logarithmic axis of the losses")
     parser.add_argument(
@@ -88,7 +87,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
 
 def read_row(line: str) -> dict[str, Any]:
-    """Read a line; one that a crash cut short is none."""
+    """Read a line; {} for one that a crash cut short."""
     try:
         row = json.loads(line)
     except ValueError:
@@ -97,7 +96,7 @@ def read_row(line: str) -> dict[str, Any]:
 
 
 def find_keys(runs: Sequence[Run]) -> list[str]:
-    """Name the figures that change in some run: the total loss, its terms, speed, scores."""
+    """Name the figures that are not zero in every run: the total loss, its terms, speed, scores."""
     losses: dict[str, None] = {"total": None}
     for run in runs:
         losses |= {key: None for row in run.training for key in row if key not in FACTS}
@@ -107,38 +106,66 @@ def find_keys(runs: Sequence[Run]) -> list[str]:
 
 def points(run: Run, key: str, split: str | None = None) -> list[tuple[float, float]]:
     """The finite values of a figure, with their steps; of one split or of all lines."""
-    rows = run.training if split is None and key not in SCORES else run.evaluation
-    found = [row for row in rows if split is None or row["split"] == split]
+    rows = run.evaluation if split is not None or key in SCORES else run.training
     return [
         (row["step"], float(row[key]))
-        for row in found
-        if isinstance(row.get(key), (int, float)) and math.isfinite(row[key])
+        for row in rows
+        if split in (None, row.get("split"))
+        and isinstance(row.get(key), (int, float))
+        and math.isfinite(row[key])
     ]
 
 
-def make_panel(key: str, runs: Sequence[Run], smooth: float, log: bool) -> Panel:
-    """Collect the curves of one figure."""
-    curves: list[Curve] = []
-    told: dict[str, str] = {}  # split -> how it is drawn
-    for colour, run in enumerate(runs):
+def draw(runs: Sequence[Run], keys: Sequence[str], smooth: float, log: bool) -> Any:
+    """Draw a panel for every key; returns matplotlib's figure."""
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            "plot.py needs matplotlib, which is not installed; run "
+            "`pip install 'cliptteacher[plot]'`"
+        ) from None
+    columns = min(3, len(keys))
+    rows = math.ceil(len(keys) / columns)
+    figure = Figure(figsize=(4.4 * columns, 3 * rows + 0.4), layout="constrained")
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for panel, key in zip(panels, keys, strict=False):
+        draw_panel(panel, key, runs, smooth)
+        panel.set_xlabel("iterations")
+        panel.grid(alpha=0.3)
+        if log and key not in SCORES and key not in FACTS:
+            panel.set_yscale("log")
+    for panel in panels[len(keys) :]:
+        panel.set_axis_off()
+    lines = [figure.axes[0].plot([], [], f"C{k}")[0] for k in range(len(runs))]
+    figure.legend(lines, [run.name for run in runs], loc="outside upper left", ncols=4)
+    return figure
+
+
+def draw_panel(panel: Any, key: str, runs: Sequence[Run], smooth: float) -> None:
+    """Draw one figure of all runs."""
+    title, markers = TITLES.get(key, key.replace("_", " ")), dict[str, str]()
+    for number, run in enumerate(runs):
+        colour = f"C{number}"
         if key in SCORES:
-            splits = list(dict.fromkeys(row["split"] for row in run.evaluation))
-            for number, split in enumerate(splits):
-                style = "dots" if number == 0 else "diamonds"
-                told[split] = told.get(split, style)
-                curves.append(Curve(points(run, key, split), colour, told[split]))
+            for split in dict.fromkeys(row["split"] for row in run.evaluation):
+                first = next(iter(markers), split)
+                markers[split] = "o-" if split == first else "D"
+                panel.plot(*columns_of(points(run, key, split)), markers[split], color=colour)
             continue
         values = points(run, key)
-        if key != "lr" and smooth > 0:
-            curves.append(Curve(values, colour, "pale"))
+        if smooth > 0 and key != "lr":
+            panel.plot(*columns_of(values), color=colour, alpha=0.3, linewidth=0.8)
             values = smoothed(values, smooth)
-        curves.append(Curve(values, colour, "line"))
-    title = {"lr": "learning rate", "total": "total loss"}.get(key, key.replace("_", " "))
-    unit = " in percent" if key in SCORES else ""
-    if len(told) > 1:
-        unit += ": " + ", ".join(f"{style} {split}" for split, style in told.items())
-    is_loss = key not in SCORES and key not in FACTS
-    return Panel(title + unit, [curve for curve in curves if curve.points], log and is_loss)
+        panel.plot(*columns_of(values), color=colour)
+    if len(markers) > 1:
+        words = {"o-": "dots", "D": "diamonds"}
+        title += ": " + ", ".join(f"{words[it]} {split}" for split, it in markers.items())
+    panel.set_title(title)
+
+
+def columns_of(values: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    return [step for step, _ in values], [value for _, value in values]
 
 
 def smoothed(values: Sequence[tuple[float, float]], weight: float) -> list[tuple[float, float]]:
