@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 from ablation_rows import BASES, CLIP_ONLY, TABLES, AblationRow, select_rows
-from evidence import as_markdown, draw_chart, mean_and_spread, table, title_of
+from evidence import as_markdown, chart, mean_and_spread, table, title_of
 
 from cliptteacher.distributed import Process
 from cliptteacher.evaluation import SCORES
@@ -332,7 +332,7 @@ def write_report(
     text = "\n".join(lines) + "\n"
     write_json(content, args.output / "table.json")
     write_text(text, args.output / "table.md")
-    draw_chart(content, args.output / "chart.png")
+    chart(content).savefig(args.output / "chart.png", dpi=150)
     return text
 
 

@@ -198,8 +198,8 @@ def title_of(content: dict[str, Any]) -> str:
     return f"{'Table ' if table.isdigit() else ''}{table} on {content['settings']['data']}"
 
 
-def draw_chart(content: dict[str, Any], path: Path) -> None:
-    """Draw bars of the means with their spreads, and diamonds where the paper's scores are."""
+def chart(content: dict[str, Any]) -> Any:
+    """Bars of the means with their spreads, diamonds at the paper's scores: a figure."""
     from matplotlib.figure import Figure
 
     shown, rows = ("mIoU(S)", "mIoU(U)", "hIoU"), content["rows"]
@@ -217,8 +217,7 @@ def draw_chart(content: dict[str, Any], path: Path) -> None:
     axes.set_xlabel("percent; mean and standard deviation over the seeds")
     axes.set_title(title_of(content), loc="left")
     figure.legend(loc="outside upper right", ncols=4, fontsize="small")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    return figure
 
 
 if __name__ == "__main__":
