@@ -12,26 +12,26 @@ image, of the pixels that have no label at all, which the module groups too.
 
 from __future__ import annotations
 
+import argparse
+import runpy
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-import train
-
-from cliptteacher.data import SeenOnly
-from cliptteacher.data.splits import IGNORE_INDEX, SegmentationDataset
-from cliptteacher.framework import CLIPTeacher
+from cliptteacher import IGNORE_INDEX, data, framework
+from cliptteacher.data import SegmentationDataset
 from cliptteacher.plm import NO_LABEL, PixelTargets, merge_labels, resize_nearest
 
+TRAIN = Path(__file__).resolve().parents[1] / "examples" / "train.py"
 HIDDEN = 200  # labels from here on are the unseen classes; augmentation sees them, which is a leak
 SLOTS = IGNORE_INDEX - HIDDEN
 KINDS = ("image", "class", "ground")
 
 
-class HiddenLabels(SeenOnly):
+class HiddenLabels(data.SeenOnly):
     """Labels of the seen classes, and those of unseen class u as HIDDEN + u."""
 
     def __init__(self, dataset: SegmentationDataset, *, closed_set: bool = False) -> None:
@@ -42,12 +42,12 @@ class HiddenLabels(SeenOnly):
             self._lookup[dataset.ignore_index] = HIDDEN + len(dataset.unseen)
 
 
-class OracleTeacher(CLIPTeacher):
+class OracleTeacher(framework.CLIPTeacher):
     """The method with the hidden labels as groups."""
 
     kind = "image"
 
-    def forward(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def forward(self, images: Tensor, labels: Tensor, parts: int = 1) -> dict[str, Tensor]:
         is_hidden = (labels >= HIDDEN) & (labels != IGNORE_INDEX)
         hidden = torch.where(is_hidden, labels.long() - HIDDEN, NO_LABEL)
 
@@ -56,22 +56,27 @@ class OracleTeacher(CLIPTeacher):
         ) -> PixelTargets:
             groups = resize_nearest(resize_nearest(hidden, (dense.shape[2], dense.shape[3])), size)
             near_labels = resize_nearest(seen_labels, size)
-            slots = self.plm.slots or SLOTS
+            slots = self.plm.config.potential_slots or SLOTS
             ids = merge_labels(near_labels, groups, num_seen, slots)
             if self.kind == "class":  # in every image the ids of the first
                 ids = torch.where(ids < num_seen, ids, num_seen + (ids - num_seen) % slots)
             return PixelTargets(ids, slots)
 
         self.plm.make_targets = perfect_targets
-        return super().forward(images, labels.masked_fill(is_hidden, IGNORE_INDEX))
+        return super().forward(images, labels.masked_fill(is_hidden, IGNORE_INDEX), parts)
 
 
-def main() -> None:
-    if len(sys.argv) < 2 or sys.argv[1] not in KINDS:
-        raise SystemExit(f"the first argument must be one of {', '.join(KINDS)}")
-    OracleTeacher.kind = sys.argv[1]
-    train.SeenOnly, train.CLIPTeacher = HiddenLabels, OracleTeacher
-    train.main(sys.argv[2:])
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("kind", choices=KINDS)
+    parser.add_argument("flags", nargs=argparse.REMAINDER, help="of examples/train.py")
+    args: Any = parser.parse_args(argv)
+    OracleTeacher.kind = args.kind
+    data.SeenOnly, framework.CLIPTeacher = HiddenLabels, OracleTeacher  # train.py imports these
+    sys.argv = [str(TRAIN), *args.flags]
+    runpy.run_path(str(TRAIN), run_name="__main__")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 import cliptteacher as ct
-from cliptteacher.data.miniworld import CLASS_NAMES, IGNORE_INDEX, STUFF, MiniWorld
+from cliptteacher import IGNORE_INDEX
+from cliptteacher.data.miniworld import CLASS_NAMES, STUFF, MiniWorld
 
 
 def main() -> None:

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from cliptteacher.data import SegmentationDataset, open_dataset
+from cliptteacher.distributed import Process
 from cliptteacher.evaluation import SCORES, evaluate, scores_as_percent
+from cliptteacher.files import write_json
 from cliptteacher.inference import load_segmenter
-from cliptteacher.training.distributed import Process
-from cliptteacher.training.run import describe_environment, write_json
+from cliptteacher.training.records import describe_environment
 
 
 class Cut:
