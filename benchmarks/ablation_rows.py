@@ -1,14 +1,13 @@
-"""The rows of Tables 3-5 of arXiv:2310.02296v1, and of the questions that the paper leaves open.
+"""The rows of Tables 3-5 of arXiv:2310.02296v1, and of questions that the paper leaves open.
 
-Data only; ``benchmarks/ablate.py`` runs them. A row says in which fields it differs from the base:
-the recipe of the data set (``miniworld``, ``folder``), or that recipe with the literal Pixel
-Learning Module. A row with ``checkpoints_of`` trains nothing: it evaluates the students of another
-row with another gamma.
+Data only; ``ablate.py`` runs them. A row names the fields in which it differs from the base: the
+recipe of the data set (``miniworld``, ``folder``), or that recipe with the literal Pixel Learning
+Module. A row with ``checkpoints_of`` trains nothing: it evaluates the students of another row.
 
     3         the terms of the loss                            Table 3
     4         pooling of the Global Learning Module            Table 4
     5         Vision-Language Adapter                          Table 5
-    bounds    upper and lower bounds that the paper lacks
+    bounds    lower and upper bounds of the method
     readings  choices that the paper's text leaves open
     windows   CLS tokens of windows of the image, beyond the paper
     main      the rows above that answer most, in one table
@@ -16,15 +15,15 @@ row with another gamma.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from cliptteacher.training.paper_recipes import PAPER_ROWS, Scores
 
-CLIP_ONLY = "clip_dense"  # the one row without a student
+CLIP_DENSE = "clip_dense"  # the one row without a student
 
-# The Pixel Learning Module as the paper's text has it, on top of a recipe that reads it gently.
+# The Pixel Learning Module as in the paper's text, over a recipe that softens it.
 LITERAL: dict[str, Any] = {
     "potential_scope": "batch",
     "potential_slots": None,
@@ -36,16 +35,18 @@ LITERAL: dict[str, Any] = {
 BASES: dict[str, dict[str, Any]] = {"recipe": {}, "literal": LITERAL}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class AblationRow:
     """One row of one table."""
 
     name: str
     title: str
-    overrides: dict[str, Any] = field(default_factory=dict)  # fields, over those of the base
     paper: str | None = None  # name of the paper's row, ablation_<paper>
+    overrides: dict[str, Any] = field(default_factory=dict)  # fields, over those of the base
     checkpoints_of: str | None = None  # evaluate the students of this row instead of training
     gamma: float | None = None  # at this gamma
+    split: str | None = None  # on this split; None: the one that the base is tested on
+    calibrate_on: str | None = None  # or at the gamma that is best on this split
 
     @property
     def paper_scores(self) -> Scores | None:
@@ -54,37 +55,20 @@ class AblationRow:
 
 
 def _row(name: str, title: str, paper: str | None = None, **overrides: Any) -> AblationRow:
-    return AblationRow(name=name, title=title, paper=paper, overrides=overrides)
+    return AblationRow(name, title, paper, overrides)
 
 
-def _values(name: str, title: str, option: str, values: Sequence[Any]) -> list[AblationRow]:
-    """A row for every value of one option."""
-    rows = []
-    for value in values:
-        words = "_".join(map(str, value)) if isinstance(value, tuple) else str(value)
-        rows.append(_row(f"{name}_{words}", f"{title} {value}", **{option: value}))
-    return rows
-
-
-_FULL = _row("full", "full", paper="full")
-_CLOSED_SET = _row("closed_set", "upper bound: labels of all classes", closed_set=True)
-_TERMS_OFF: dict[str, Any] = {
-    **{"global_weight": 0.0, "ce": "none", "focal_weight": 0.0, "dice_weight": 0.0},
-    "generate_weight": 0.0,
-}
+_FULL = _row("full", "full", "full")
+_NO_GLM_5 = AblationRow(
+    "no_glm_gamma_5", "without GLM, gamma 5", "no_glm", checkpoints_of="no_glm", gamma=5.0
+)
 _TABLE_3 = (
     _FULL,
     _row("no_nel", "without focal and dice", "no_focal_dice", focal_weight=0.0, dice_weight=0.0),
     _row("no_ce", "without any cross entropy", "no_ce", ce="none"),
     _row("seen_ce", "cross entropy on seen pixels only", ce="seen"),
     _row("no_glm", "without GLM, gamma of the base", global_weight=0.0),
-    AblationRow(
-        name="no_glm_gamma_5",
-        title="without GLM, gamma 5",
-        paper="no_glm",
-        checkpoints_of="no_glm",
-        gamma=5.0,
-    ),
+    _NO_GLM_5,
     _row("no_generate", "without L_generate", "no_generate", generate_weight=0.0),
 )
 _TABLE_4 = (
@@ -97,52 +81,63 @@ _TABLE_5 = (
     _row("adapter_mlp", "adapter: MLP", "adapter_mlp", adapter="mlp"),
     _row("adapter_identity", "adapter: none", "adapter_identity", adapter="identity"),
 )
+
+_NO_UNSEEN: dict[str, Any] = {"global_weight": 0.0, "ce": "seen", "generate_weight": 0.0}
+_NO_TERM = {**_NO_UNSEEN, "ce": "none", "focal_weight": 0.0, "dice_weight": 0.0}
+_CLOSED_SET = _row("closed_set", "upper bound: labels of all classes", closed_set=True)
 _BOUNDS = (
     _FULL,
     _CLOSED_SET,
-    _row(
-        "seen_only",
-        "seen labels only: no GLM, no PLM",
-        global_weight=0.0,
-        ce="seen",
-        generate_weight=0.0,
-    ),
-    _row("distill", "student of CLIP's dense tokens only", **_TERMS_OFF, distill_weight=1.0),
-    AblationRow(name=CLIP_ONLY, title="CLIP's dense tokens, no student"),
+    _row("seen_only", "seen labels only: no GLM, no PLM", **_NO_UNSEEN),
+    _row("distill", "student of CLIP's dense tokens only", **_NO_TERM, distill_weight=1.0),
+    AblationRow(CLIP_DENSE, "CLIP's dense tokens, no student"),
 )
+
+
+def _gamma(gamma: float) -> AblationRow:
+    name, title = f"gamma_{gamma:g}", f"gamma {gamma:g}, on val"
+    return AblationRow(name, title, checkpoints_of="full", gamma=gamma, split="val")
+
+
+def _scales(*scales: int) -> AblationRow:
+    return _row(f"scales_{'_'.join(map(str, scales))}", f"scales {scales}", scales=scales)
+
+
+_COSINE: dict[str, Any] = {"pseudo_similarity": "cosine", "pseudo_scale": 10.0}
 _READINGS = (
     _FULL,
-    *_values("seeding", "seeding", "seeding", ("grid", "window", "sliding")),
-    *_values("tokens", "tokens", "tokens", ("projected", "final")),
-    *_values("scope", "potential scope", "potential_scope", ("image", "batch")),
+    *(_row(f"seeding_{v}", f"seeding {v}", seeding=v) for v in ("grid", "window", "sliding")),
+    *(_row(f"tokens_{v}", f"tokens {v}", tokens=v) for v in ("projected", "final")),
+    *(_row(f"scope_{v}", f"potential scope {v}", potential_scope=v) for v in ("image", "batch")),
     _row("generate_mse", "L_generate mse", generate_loss="mse"),
     _row("generate_bce", "L_generate bce (v2)", generate_loss="bce"),
     _row("pseudo_dot", "pseudo logits dot", pseudo_similarity="dot", pseudo_scale=1.0),
-    _row(
-        "pseudo_cosine", "pseudo logits cosine x 10", pseudo_similarity="cosine", pseudo_scale=10.0
-    ),
-    *_values("bank", "CLS bank", "bank_size", (0, 24)),
-    *_values("lambda", "lambda", "fusion_threshold", (0.7, 0.8, 0.9)),
-    _row("one_group", "lambda -1: one group", fusion_threshold=-1.0),  # one group an image
-    *_values("scales", "scales", "scales", ((3,), (7,), (3, 7), (5,))),
-    *_values("kmeans", "K-Means iterations", "kmeans_iterations", (3, 10, 30)),
+    _row("pseudo_cosine", "pseudo logits cosine x 10", **_COSINE),
+    *(_row(f"bank_{v}", f"CLS bank {v}", bank_size=v) for v in (0, 24)),
+    *(_row(f"lambda_{v:g}", f"lambda {v:g}", fusion_threshold=v) for v in (0.7, 0.8, 0.9)),
+    _row("one_group", "lambda -1: one group", fusion_threshold=-1.0),
+    *(_scales(3), _scales(7), _scales(3, 7), _scales(5)),
+    *(_row(f"kmeans_{v}", f"K-Means iterations {v}", kmeans_iterations=v) for v in (3, 10, 30)),
     _row("detach_on", "prototypes detached", detach_prototypes=True),
     _row("detach_off", "prototypes not detached", detach_prototypes=False),
     _row("seen_competition_on", "seen competition on", seen_competition=True),
     _row("seen_competition_off", "seen competition off", seen_competition=False),
+    *map(_gamma, (-2.0, -1.0, -0.5, 0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0)),
 )
 _WINDOWS = (
     _FULL,
-    *_values("windows", "GLM with windows", "glm_windows", ((1, 2), (2,), (2, 4), (4,))),
+    *(
+        _row(f"windows_{'_'.join(map(str, sizes))}", f"GLM with windows {sizes}", glm_windows=sizes)
+        for sizes in ((1, 2), (2,), (2, 4), (4,))
+    ),
     _CLOSED_SET,
 )
 
-_MAIN_NAMES = (
-    *("full", "no_glm", "seen_ce", "no_ce", "no_generate", "windows_2", "windows_2_4"),
-    *("seen_only", "closed_set", CLIP_ONLY),
-)
 _BY_NAME = {row.name: row for row in (*_WINDOWS, *_BOUNDS, *_TABLE_3)}
-
+_MAIN = (
+    *("full", "no_glm", "seen_ce", "no_ce", "no_generate", "windows_2", "windows_2_4"),
+    *("seen_only", "closed_set", CLIP_DENSE),
+)
 TABLES: dict[str, tuple[AblationRow, ...]] = {
     "3": _TABLE_3,
     "4": _TABLE_4,
@@ -150,28 +145,47 @@ TABLES: dict[str, tuple[AblationRow, ...]] = {
     "bounds": _BOUNDS,
     "readings": _READINGS,
     "windows": _WINDOWS,
-    "main": tuple(_BY_NAME[name] for name in _MAIN_NAMES),
+    "main": tuple(_BY_NAME[name] for name in _MAIN),
 }
 
 
-def select_rows(table: str, names: Sequence[str] | None = None) -> tuple[AblationRow, ...]:
-    """Pick rows of a table by name, in the table's order; ``full`` is always among them.
+def calibrated(rows: Iterable[AblationRow]) -> tuple[AblationRow, ...]:
+    """The students of all rows that train, each at the gamma that is best on validation scenes.
+
+    Rows differ in the size of their logits: one gamma for all favours the row it was chosen for.
+    """
+    return tuple(
+        AblationRow(
+            f"{row.name}@val",
+            f"{row.title}, own gamma",
+            row.paper,
+            checkpoints_of=row.name,
+            calibrate_on="val",
+        )
+        for row in rows
+        if row.checkpoints_of is None and row.name != CLIP_DENSE
+    )
+
+
+def select_rows(table: str | None, names: list[str] | None = None) -> tuple[AblationRow, ...]:
+    """Pick rows of a table, or of all tables, by name; ``full`` is always the first.
 
     Args:
-        table: key of ``TABLES``.
-        names: rows to keep; None keeps all. A row of students that another row trains brings
-            that row with it.
+        table: key of ``TABLES``; None looks the names up in all of them.
+        names: rows to keep; None keeps all. A row that evaluates the students of another row
+            brings that row with it.
 
     Raises:
-        ValueError: the table has no such row.
+        ValueError: neither is given, or there is no such row.
     """
-    rows = TABLES[table]
-    if names is None:
-        return rows
-    known = {row.name: row for row in rows}
-    for name in names:
-        if name not in known:
-            raise ValueError(f"table {table} has the rows {', '.join(known)}, got {name!r}")
-    wanted = {"full", *names}
-    wanted |= {known[name].checkpoints_of or name for name in names}
-    return tuple(row for row in rows if row.name in wanted)
+    if table is None and names is None:
+        raise ValueError("give --table, or rows of any table with --rows")
+    known: dict[str, AblationRow] = {}
+    for row in TABLES[table] if table else (row for rows in TABLES.values() for row in rows):
+        known.setdefault(row.name, row)
+    wanted = {"full", *(known if names is None else names)}
+    for name in wanted - known.keys():
+        where = f"table {table} has no" if table else "no table has a"
+        raise ValueError(f"{where} row {name!r}; the rows are {', '.join(known)}")
+    wanted |= {known[name].checkpoints_of or name for name in wanted}
+    return tuple(row for name, row in known.items() if name in wanted)

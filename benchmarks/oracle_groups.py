@@ -12,26 +12,28 @@ image, of the pixels that have no label at all, which the module groups too.
 
 from __future__ import annotations
 
-import argparse
 import runpy
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from cliptteacher import IGNORE_INDEX, data, framework
-from cliptteacher.data import SegmentationDataset
+import cliptteacher.data
+import cliptteacher.framework
+from cliptteacher import IGNORE_INDEX
+from cliptteacher.data import SeenOnly
+from cliptteacher.data.splits import SegmentationDataset
+from cliptteacher.framework import CLIPTeacher
 from cliptteacher.plm import NO_LABEL, PixelTargets, merge_labels, resize_nearest
 
-TRAIN = Path(__file__).resolve().parents[1] / "examples" / "train.py"
 HIDDEN = 200  # labels from here on are the unseen classes; augmentation sees them, which is a leak
 SLOTS = IGNORE_INDEX - HIDDEN
 KINDS = ("image", "class", "ground")
+TRAIN = Path(__file__).resolve().parents[1] / "examples" / "train.py"
 
 
-class HiddenLabels(data.SeenOnly):
+class HiddenLabels(SeenOnly):
     """Labels of the seen classes, and those of unseen class u as HIDDEN + u."""
 
     def __init__(self, dataset: SegmentationDataset, *, closed_set: bool = False) -> None:
@@ -42,7 +44,7 @@ class HiddenLabels(data.SeenOnly):
             self._lookup[dataset.ignore_index] = HIDDEN + len(dataset.unseen)
 
 
-class OracleTeacher(framework.CLIPTeacher):
+class OracleTeacher(CLIPTeacher):
     """The method with the hidden labels as groups."""
 
     kind = "image"
@@ -66,16 +68,16 @@ class OracleTeacher(framework.CLIPTeacher):
         return super().forward(images, labels.masked_fill(is_hidden, IGNORE_INDEX), parts)
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("kind", choices=KINDS)
-    parser.add_argument("flags", nargs=argparse.REMAINDER, help="of examples/train.py")
-    args: Any = parser.parse_args(argv)
-    OracleTeacher.kind = args.kind
-    data.SeenOnly, framework.CLIPTeacher = HiddenLabels, OracleTeacher  # train.py imports these
-    sys.argv = [str(TRAIN), *args.flags]
+def main() -> None:
+    if {"-h", "--help"} & set(sys.argv[1:2]):
+        print(__doc__)
+        return
+    if sys.argv[1:2] not in [[kind] for kind in KINDS]:
+        raise SystemExit(f"the first argument must be one of {', '.join(KINDS)}")
+    OracleTeacher.kind = sys.argv.pop(1)
+    # The names that train.py imports from the package; it runs as it is.
+    cliptteacher.data.SeenOnly = HiddenLabels  # type: ignore[misc]
+    cliptteacher.framework.CLIPTeacher = OracleTeacher  # type: ignore[misc]
     runpy.run_path(str(TRAIN), run_name="__main__")
 
 

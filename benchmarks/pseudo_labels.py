@@ -55,8 +55,16 @@ MIXED_SHARE = 0.05
 TOLERANCE = 2 / 128  # of the longer side
 CLUSTERING = {"seeding", "tokens", "fusion_threshold", "scales", "kmeans_iterations"}
 COLUMNS = (
-    *("purity", "strict", "pieces", "rivals", "mixed", "boundary", "ARI", "covered"),
-    *("groups", "clusters"),
+    "purity",
+    "strict",
+    "pieces",
+    "rivals",
+    "mixed",
+    "boundary",
+    "ARI",
+    "covered",
+    "groups",
+    "clusters",
 )
 IN_PERCENT = {"purity", "strict", "mixed", "boundary", "covered"}
 
@@ -92,7 +100,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{name:<28} {' '.join(cells(results[name]))}", flush=True)
     images = sum(len(batch.seen) for batch in batches)
     settings = {**vars(args), "images": images, "clip": config.clip}
-    del settings["output"]  # a path, and no setting
+    del settings["output"]
     text = markdown(results, settings)
     write_text(text, args.output / "pseudo_labels.md")
     write_json({"settings": settings, "results": results}, args.output / "pseudo_labels.json")
@@ -159,7 +167,9 @@ def clusters_of(base: CLIPTeacherConfig, channels: int, overrides: Mapping[str, 
     """Group as the Pixel Learning Module does; without fusion, every cluster is a group."""
     config = replace(base, **overrides, adapter="identity")
     fused = PixelLearningModule(channels, config)
-    single = PixelLearningModule(channels, replace(config, fusion_threshold=2.0))  # no cosine is 2
+    single = PixelLearningModule(
+        channels, replace(config, fusion_threshold=2.0)
+    )  # above any cosine
 
     def group(batch: Batch) -> tuple[Tensor, Tensor]:
         tokens = batch.tokens[config.tokens]

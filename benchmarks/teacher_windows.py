@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 import cliptteacher as ct
-from cliptteacher import IGNORE_INDEX
-from cliptteacher.data.miniworld import CLASS_NAMES, STUFF, MiniWorld
+from cliptteacher.data.miniworld import CLASS_NAMES, IGNORE_INDEX, STUFF, MiniWorld
 
 
 def main() -> None:

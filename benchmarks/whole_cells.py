@@ -1,4 +1,4 @@
-"""What a student loses on images that are no multiple of its coarsest stride, and gets back.
+"""What padding gains on images whose sides are no multiple of the student's coarsest stride.
 
     python benchmarks/whole_cells.py RUN [RUN ...] --cut 0 31 [--divisors 1 32] [--json FILE]
 

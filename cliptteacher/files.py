@@ -76,9 +76,7 @@ def write_whole(path: StrPath, *, flush: bool = True) -> Iterator[BinaryIO]:
     path = Path(path)
     temporary = path.parent / f".{path.name[:50]}.tmp{os.getpid()}-{next(_NUMBERS)}"
     try:
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        if path.exists() and not path.is_file():
+        if path.exists() and not path.is_file():  # a folder is refused by the system
             with path.open("wb") as file:
                 yield file
             return

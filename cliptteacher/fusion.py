@@ -82,21 +82,6 @@ def fuse_clusters(centers: Tensor, valid: Tensor, threshold: float = 0.8) -> Ten
     return group.masked_fill(~valid, -1)
 
 
-def count_groups(group: Tensor) -> Tensor:
-    """Count the groups of each image.
-
-    Args:
-        group: (B, K) int64 result of `fuse_clusters`.
-
-    Returns:
-        (B,) int64 number of groups G, 0 where every cluster is invalid.
-
-    >>> count_groups(torch.tensor([[0, 1, 0, -1], [-1, -1, -1, -1]])).tolist()
-    [2, 0]
-    """
-    return group.amax(dim=1) + 1
-
-
 # An operator of its own, because torch.compile would unroll the loop into K steps and spend
 # minutes on them; as it is, the compiled graph calls it and fuses what stands around it.
 @torch.library.custom_op("cliptteacher::scan_leaders", mutates_args=())

@@ -12,21 +12,19 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 PROGRAMS = sorted((PACKAGE.parent / "examples").glob("*.py"))
 IDS = [str(path.relative_to(PACKAGE)) for path in FILES]
 
-# The rooms of level 0 know no other room; a room of a higher level may know those named here.
-LEVEL_0 = {
-    *("kmeans", "fusion", "losses", "metrics", "vla"),
-    *("clip", "segmenters", "data", "training"),
-}
-LEVEL_1 = {"glm", "plm", "inference", "visualize"}
-LEVEL_2 = {"framework", "evaluation"}
+# A room may import those of lower levels, and of its own level what is named beside it.
 LEVELS = {
-    **dict.fromkeys(LEVEL_0, 0),
-    **dict.fromkeys(LEVEL_1, 1),
-    **dict.fromkeys(LEVEL_2, 2),
+    **dict.fromkeys(("kmeans", "fusion", "losses", "metrics", "vla", "logits", "sliding"), 0),
+    **dict.fromkeys(("files", "distributed", "command_line", "tensors", "checkpoint"), 0),
+    **dict.fromkeys(("clip", "segmenters", "data", "glm", "plm"), 1),
+    **dict.fromkeys(("framework", "inference", "visualize"), 2),
+    **dict.fromkeys(("evaluation", "training"), 3),
 }
-LEAVES = ("kmeans", "fusion", "losses", "metrics")
+BESIDE = {"command_line": {"files"}, "tensors": {"files"}, "checkpoint": {"files", "logits"}}
+ROOT = {"IGNORE_INDEX"}  # what the rooms take from the package itself
+LEAVES = ("kmeans", "fusion", "losses", "metrics", "logits")
 PACKAGES = {"torch", "torchvision", "ftfy", "regex", "numpy", "PIL"}
-ALONE = (*LEAVES, "vla", "training/schedule", "data/splits", "data/miniworld", "clip/model")
+ALONE = (*LEAVES, "vla", "sliding", "distributed", "data/miniworld", "clip/model")
 
 
 def room_of(path: Path) -> str:
@@ -80,8 +78,31 @@ def test_every_room_has_a_level() -> None:
 def test_imports_point_down(path: Path) -> None:
     _, rooms = imports_of(path)
     own = room_of(path)
-    for room in rooms - {own}:
-        assert own == "__init__" or LEVELS[room] < LEVELS[own], f"{own} may not import {room}"
+    for room in rooms - {own} - ROOT:
+        lower = own == "__init__" or LEVELS[room] < LEVELS[own]
+        assert lower or room in BESIDE.get(own, ()), f"{own} may not import {room}"
+
+
+def test_training_and_prediction_do_not_know_each_other() -> None:
+    reached = {room: rooms_reached_from(room) for room in LEVELS}
+    for room in ("training", "framework", "glm", "plm", "checkpoint"):
+        assert not {"inference", "evaluation"} & reached[room], room
+    for room in ("inference", "evaluation", "visualize"):
+        assert not {"training", "framework", "glm", "plm"} & reached[room], room
+
+
+def rooms_reached_from(room: str) -> set[str]:
+    """Every room that a room imports, directly or through others."""
+    found: set[str] = set()
+    waiting = [room]
+    while waiting:
+        own = waiting.pop()
+        for path in FILES:
+            if room_of(path) == own:
+                new = imports_of(path)[1] - found - ROOT - {own}
+                found |= new
+                waiting += new
+    return found
 
 
 @pytest.mark.parametrize("path", FILES, ids=IDS)
@@ -91,13 +112,11 @@ def test_only_the_runtime_packages_are_imported(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.name)
-def test_programs_stand_above_everything(path: Path) -> None:
-    """Level 3: they know the package, the runtime packages and the files beside them."""
+def test_programs_stand_above_everything_and_alone(path: Path) -> None:
+    """They know the package and its runtime packages; no program imports another."""
     packages, _ = imports_of(path)
-    beside = {other.stem for other in PROGRAMS}
-    # What `export.py` writes is checked with the packages of the extra `export`, if they are there.
-    extra = {"onnx", "onnxruntime"} if path.name == "export.py" else set()
-    assert packages <= PACKAGES | set(sys.stdlib_module_names) | beside | extra
+    extra = {"plot.py": {"matplotlib"}, "export.py": {"onnx", "onnxruntime"}}.get(path.name, set())
+    assert packages <= PACKAGES | set(sys.stdlib_module_names) | extra
 
 
 @pytest.mark.parametrize("leaf", LEAVES)
@@ -153,6 +172,58 @@ def test_every_public_name_resolves() -> None:
         assert name in dir(cliptteacher)
     with pytest.raises(AttributeError, match="has no attribute 'CLIPTeacherr'"):
         cliptteacher.CLIPTeacherr  # noqa: B018
+    assert cliptteacher.training.optimizer.parameter_groups is not None
+    with pytest.raises(AttributeError, match="has no attribute 'optimiser'"):
+        cliptteacher.training.optimiser  # noqa: B018
+
+
+def test_every_public_name_has_a_type() -> None:
+    """Editors see what the block for type checkers imports, each name from its room."""
+    import cliptteacher
+
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    (block,) = (
+        node
+        for node in tree.body
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    )
+    typed = {
+        alias.asname: f"{node.module or ''}.{alias.name}".strip(".")
+        for node in block.body
+        if isinstance(node, ast.ImportFrom) and node.level == 1
+        for alias in node.names
+    }
+    homes = {name: f"{room}.{name}" for name, room in cliptteacher._HOME.items()}
+    assert typed == {**homes, **{room: room for room in cliptteacher._ROOMS}}
+    assert {*typed, "IGNORE_INDEX"} == set(cliptteacher.__all__)
+
+
+LOADED = [
+    # import this                   and none of these is loaded with it
+    ("cliptteacher.framework", ("segmenters", "inference", "evaluation", "training", "visualize")),
+    ("cliptteacher.inference", ("framework", "glm", "plm", "losses", "training", "evaluation")),
+    ("cliptteacher.training.run", ("segmenters", "inference", "evaluation", "framework")),
+]
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"), LOADED, ids=lambda item: str(item).rpartition(".")[2]
+)
+def test_importing_a_room_loads_no_room_that_it_does_not_need(
+    module: str, absent: tuple[str, ...]
+) -> None:
+    program = f"import {module}, sys; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True, text=True, check=True, cwd=PACKAGE.parent,
+    )  # fmt: skip
+    loaded = set(done.stdout.split())
+    assert module in loaded
+    forbidden = [f"cliptteacher.{room}" for room in absent]
+    found = [n for n in loaded for f in forbidden if n == f or n.startswith(f"{f}.")]
+    assert not found
+    if module == "cliptteacher.framework":
+        assert not {name for name in loaded if name.startswith("torchvision.models")}
 
 
 @pytest.mark.parametrize("path", FILES, ids=IDS)
@@ -164,7 +235,8 @@ def test_nothing_forbidden(path: Path) -> None:
     }
     for call in calls(path):
         function = ast.unparse(call.func)
-        assert function not in ("print", "eval", "exec", "pickle.load", "pickle.loads"), function
+        assert function not in ("eval", "exec", "pickle.load", "pickle.loads"), function
+        assert function != "print" or path == PACKAGE / "training" / "run.py"
         if function == "torch.load":
             keywords = {k.arg: ast.unparse(k.value) for k in call.keywords}
             assert keywords.get("weights_only") == "True", f"line {call.lineno}"

@@ -10,7 +10,15 @@ from mutation import CampaignError, Mutant, describe, fingerprint, load_mutants,
 MUTANTS = load_mutants()
 ROOMS = {
     *("kmeans.py", "fusion.py", "glm.py", "vla.py", "plm.py", "losses.py", "metrics.py"),
-    *("framework.py", "inference.py", "clip/model.py", "clip/tokenizer.py", "clip/prompts.py"),
+    *(
+        "framework.py",
+        "inference.py",
+        "logits.py",
+        "distributed.py",
+        "clip/model.py",
+        "clip/tokenizer.py",
+        "clip/prompts.py",
+    ),
     *(
         "clip/convert.py",
         "clip/archive.py",
@@ -19,7 +27,7 @@ ROOMS = {
         "clip/weights.py",
         "clip/settings.py",
     ),
-    *("data/splits.py", "training/schedule.py", "training/optimizer.py"),
+    *("data/splits.py", "training/optimizer.py"),
 }
 
 

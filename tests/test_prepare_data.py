@@ -318,8 +318,9 @@ def test_no_folder_at_all(tmp_path: Path, main: Callable[..., int]) -> None:
 # from an archive to a table
 
 
-TINY = """--clip miniworld --segmenter fpn_small --segmenter-weights none --batch-size 2 --crop 32 --resize 64 32
-    --kmeans-iterations 2 --log-interval 1 --device cpu --output run"""
+TINY = """--clip miniworld --segmenter fpn_small --segmenter-weights none --batch-size 2
+    --crop 32 --resize 64 32 --workers 0 --kmeans-iterations 2 --log-interval 1
+    --device cpu --output run"""
 
 
 @pytest.mark.slow

@@ -73,7 +73,7 @@ def test_attention_is_measured_against_the_plain_mean(
 ) -> None:
     write_dataset(tmp_path / "data", NAMES, UNSEEN)
     dataset = FolderDataset(tmp_path / "data", "train")
-    trained, clip = SimpleNamespace(resize=None), SimpleNamespace(patch_size=8)
+    trained, clip = SimpleNamespace(settings={"resize": None}), SimpleNamespace(patch_size=8)
     even = torch.full((8, 8), 1 / 64)
     monkeypatch.setattr(visualize, "attention_of", lambda *_: even)
     found = visualize.measure_attention(dataset, trained, clip)

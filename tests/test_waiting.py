@@ -185,8 +185,8 @@ def test_a_step_waits_for_nothing(
     auxiliary = "0.4" if student.startswith("swin") else "0"
     options = f"""--recipe {recipe} --data miniworld --clip miniworld --segmenter {student}
         --device cpu --batch-size 2 --crop 64 --resize 64 64 --log-interval 1000
-        --auxiliary-weight {auxiliary} --clip-gradient 1 --precision bf16 --output {tmp_path}
-        --segmenter-weights none"""
+        --auxiliary-weight {auxiliary} --clip-gradient 1 --precision bf16 --workers 0
+        --segmenter-weights none --output {tmp_path}"""
     assert step_of_program(monkeypatch, options.split()) == {}
 
 

@@ -22,7 +22,7 @@ from .segnext_weights import load_segnext_weights, read_segnext_weights
 from .student import BuildArguments, Student
 from .swin import SWIN_CONFIGS, Swin, SwinConfig
 from .swin_weights import load_swin_weights, read_swin_weights
-from .weights import load_segformer_weights, read_segformer_weights
+from .weights import MisfitError, load_segformer_weights, read_segformer_weights
 from .zoo import TORCHVISION_NETWORKS, build_torchvision
 
 __all__ = [
@@ -74,7 +74,10 @@ def build_segmenter(
         raise ValueError(
             f"`name` must be a known segmenter, got {name!r}; {_suggest(name, list_segmenters())}"
         )
-    model = _BUILDERS[name](channels, weights, options)
+    try:
+        model = _BUILDERS[name](channels, weights, options)
+    except MisfitError as error:
+        raise ValueError(f"{weights} does not fit {name}: {error}") from error
     model.build_arguments = BuildArguments(
         name=name, channels=channels, options={key: _plain(v) for key, v in options.items()}
     )
@@ -91,7 +94,7 @@ def _build_segformer(
 ) -> Segformer:
     _check_options(name, options, [field.name for field in fields(SegformerConfig)])
     state = {} if weights is None else read_segformer_weights(name, weights)
-    if "head.fuse.weight" in state:
+    if "head.fuse.weight" in state and state["head.fuse.weight"].ndim:
         # The width of a published head differs between releases of the same size. It becomes one
         # of the options, so that the student can be built again without that file.
         options.setdefault("decoder_channels", len(state["head.fuse.weight"]))

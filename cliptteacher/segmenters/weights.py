@@ -85,6 +85,10 @@ _RENAMINGS = (
 _DROPPED = re.compile(r"(?:head|classifier)\.(?:weight|bias)|decode_head\.conv_seg\..*")
 
 
+class MisfitError(ValueError):
+    """Weights that are not those of the model; raised without the name of their file."""
+
+
 def read_segformer_weights(name: str, source: str | Path) -> dict[str, Tensor]:
     """Read the weights of a SegFormer and give its tensors the names of `Segformer`.
 
@@ -209,7 +213,12 @@ def fetch(url: str) -> Path:
 
 def _is_pair(first: Tensor, second: Tensor | None) -> bool:
     """Whether two tensors can be joined; those of a damaged file keep their names."""
-    return second is not None and first.ndim > 0 and first.shape == second.shape
+    return (
+        second is not None
+        and first.ndim > 0
+        and first.shape == second.shape
+        and first.dtype == second.dtype
+    )
 
 
 @cache
@@ -235,10 +244,13 @@ def is_other_classifier(
     key: str, state: Mapping[str, Tensor], current: Mapping[str, Tensor]
 ) -> bool:
     """Whether a tensor is the file's last layer, made for another number of outputs."""
-    if not key.startswith("head.classifier.") or key not in state or not state[key].ndim:
+    layer = key.rpartition(".")[0]
+    weight, bias = f"{layer}.weight", f"{layer}.bias"
+    if not layer.startswith("head.classifier") or not {key, weight, bias} <= state.keys():
         return False
-    (theirs, *rest), (ours, *inputs) = state[key].shape, current[key].shape
-    return theirs not in (0, ours) and rest == inputs
+    theirs, ours = state[weight].shape, current[weight].shape
+    other = theirs[1:] == ours[1:] and theirs[:1] != ours[:1] and theirs.numel() > 0
+    return other and state[bias].shape == theirs[:1]
 
 
 def check_fit(given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
@@ -269,7 +281,7 @@ def check_fit(given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> No
         if names
     )
     if report:
-        raise ValueError(
+        raise MisfitError(
             f"the weights must fit the model tensor by tensor, got {report}; "
             "check the name of the segmenter and its options"
         )
