@@ -37,7 +37,7 @@ from evidence import rows_table, setting
 
 from cliptteacher.command_line import number, one_sentence_errors
 from cliptteacher.distributed import Process
-from cliptteacher.evaluation import SCORES
+from cliptteacher.evaluation import SCORES, format_line
 from cliptteacher.files import read_json, write_json, write_text, write_whole
 from cliptteacher.framework import CLIPTeacherConfig
 from cliptteacher.training.config import (
@@ -162,8 +162,8 @@ class Run:
             last = json.loads(lines[-1]) if lines else {}
         except ValueError:  # cut short by a crash
             return None
-        # The last evaluation follows the last iteration; the earlier ones precede it.
-        return last if last.get("step") == self.expected["iterations"] and "hIoU" in last else None
+        end = self.expected["iterations"], self.expected["test_split"]
+        return last if (last.get("step"), last.get("split")) == end else None
 
     def start(self) -> None:
         """Start the process; what it prints is appended to log.txt."""
@@ -209,9 +209,8 @@ class Run:
 def plan(args: argparse.Namespace, rows: Sequence[AblationRow]) -> dict[tuple[str, int], Run]:
     """Make a run of every row and seed; those that ask for the same thing share one."""
     runs: dict[tuple[str, int], Run] = {}
-    for seed in range(
-        args.seed_start, args.seed_start + args.seeds
-    ):  # a whole table, then the next
+    first = args.seed_start
+    for seed in range(first, first + args.seeds):  # the whole table with one seed, then the next
         for row in rows:
             source = runs[row.checkpoints_of, seed] if row.checkpoints_of else None
             run = make_run(args, row, seed, source)
@@ -239,8 +238,9 @@ def make_run(args: argparse.Namespace, row: AblationRow, seed: int, source: Run 
     else:
         expected |= {"checkpoint": str(source.folder), "gamma": row.gamma}
         command = []
-    for name in expected.keys() - {"calibrated_on"}:
-        value = expected[name]
+    for name, value in expected.items():
+        if name == "calibrated_on":
+            continue
         values = value if isinstance(value, list) else [value]
         command += [] if value is None else [f"--{name}", *map(str, values)]
     command += ["--batch-size", "8", "--json", str(folder / "scores.json")]
@@ -285,9 +285,9 @@ def execute(runs: Sequence[Run], jobs: int, environment: dict[str, Any]) -> None
             for run in [r for r in running if r.process and r.process.poll() is not None]:
                 running.remove(run)
                 run.end(environment)
-                how = "failed" if run.problem else f"done: hIoU {(run.scores() or {})['hIoU']:.1f}"
+                how = "failed" if run.problem else format_line(run.scores() or {})
                 left = len(waiting) + len(running)
-                print(f"{run.name} {how}, {left} runs left", flush=True)
+                print(f"{run.name}: {how}; {left} runs left", flush=True)
     finally:  # train.py answers SIGTERM with a checkpoint, so that the run can be resumed
         for run in running:
             if run.process is not None:
@@ -312,10 +312,8 @@ def report(
         "rows": [summarise(row, found) for row in rows],
         "runs": [run.summary(name) for name, by_seed in found.items() for run in by_seed.values()],
     }
-    environment, title = (
-        settings["environment"],
-        f"{settings['table'] or 'rows'}, {setting(settings)}",
-    )
+    environment = settings["environment"]
+    title = f"{settings['table'] or 'rows'}, {setting(settings)}"
     lines = [
         f"# Table {title}\n",
         f"`{environment['command']}`; {environment['date'][:10]}, commit {environment['commit']}, "
