@@ -37,7 +37,7 @@ from evidence import rows_table, setting
 
 from cliptteacher.command_line import number, one_sentence_errors
 from cliptteacher.distributed import Process
-from cliptteacher.evaluation import SCORES
+from cliptteacher.evaluation import SCORES, format_line
 from cliptteacher.files import read_json, write_json, write_text, write_whole
 from cliptteacher.framework import CLIPTeacherConfig
 from cliptteacher.training.config import (
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
         rows += calibrated(rows) if args.calibrate else ()
         runs = plan(args, rows)
     environment = describe_environment(Process(0, 0, 1, torch.device("cpu")))
-    unique = list({id(run): run for by_seed in runs.values() for run in by_seed.values()}.values())
+    unique = list({id(run): run for run in runs.values()}.values())
     if not args.only_report:
         for trains in (True, False):  # an evaluation needs the student of another run
             execute([run for run in unique if run.trains is trains], args.jobs, environment)
@@ -162,8 +162,8 @@ class Run:
             last = json.loads(lines[-1]) if lines else {}
         except ValueError:  # cut short by a crash
             return None
-        # The last evaluation follows the last iteration; the earlier ones precede it.
-        return last if last.get("step") == self.expected["iterations"] and "hIoU" in last else None
+        end = self.expected["iterations"], self.expected["test_split"]
+        return last if (last.get("step"), last.get("split")) == end else None
 
     def start(self) -> None:
         """Start the process; what it prints is appended to log.txt."""
@@ -206,20 +206,17 @@ class Run:
         }
 
 
-Runs = dict[str, dict[int, Run]]  # row -> seed -> run
-
-
-def plan(args: argparse.Namespace, rows: Sequence[AblationRow]) -> Runs:
-    """Make a run of every row and seed; those that ask for the same thing are one."""
-    runs: Runs = {row.name: {} for row in rows}
-    unique: list[Run] = []
-    for seed in range(args.seed_start, args.seed_start + args.seeds):  # all rows, then the next
+def plan(args: argparse.Namespace, rows: Sequence[AblationRow]) -> dict[tuple[str, int], Run]:
+    """Make a run of every row and seed; those that ask for the same thing share one."""
+    runs: dict[tuple[str, int], Run] = {}
+    first = args.seed_start
+    for seed in range(first, first + args.seeds):  # the whole table with one seed, then the next
         for row in rows:
-            source = runs[row.checkpoints_of][seed] if row.checkpoints_of else None
-            asked = make_run(args, row, seed, source)
-            run = next((run for run in unique if run.expected == asked.expected), asked)
-            unique += [run] if run is asked else []
-            runs[row.name][run.seed] = run
+            source = runs[row.checkpoints_of, seed] if row.checkpoints_of else None
+            run = make_run(args, row, seed, source)
+            runs[row.name, seed] = next(
+                (r for r in runs.values() if r.expected == run.expected), run
+            )
     return runs
 
 
@@ -241,8 +238,9 @@ def make_run(args: argparse.Namespace, row: AblationRow, seed: int, source: Run 
     else:
         expected |= {"checkpoint": str(source.folder), "gamma": row.gamma}
         command = []
-    for name in expected.keys() - {"calibrated_on"}:
-        value = expected[name]
+    for name, value in expected.items():
+        if name == "calibrated_on":
+            continue
         values = value if isinstance(value, list) else [value]
         command += [] if value is None else [f"--{name}", *map(str, values)]
     command += ["--batch-size", "8", "--json", str(folder / "scores.json")]
@@ -287,8 +285,9 @@ def execute(runs: Sequence[Run], jobs: int, environment: dict[str, Any]) -> None
             for run in [r for r in running if r.process and r.process.poll() is not None]:
                 running.remove(run)
                 run.end(environment)
-                how, left = "failed" if run.problem else "done", len(waiting) + len(running)
-                print(f"{run.name} {how}, {left} runs left", flush=True)
+                how = "failed" if run.problem else format_line(run.scores() or {})
+                left = len(waiting) + len(running)
+                print(f"{run.name}: {how}; {left} runs left", flush=True)
     finally:  # train.py answers SIGTERM with a checkpoint, so that the run can be resumed
         for run in running:
             if run.process is not None:
@@ -297,19 +296,26 @@ def execute(runs: Sequence[Run], jobs: int, environment: dict[str, Any]) -> None
             run.end(environment)
 
 
-def report(rows: Sequence[AblationRow], runs: Runs, settings: dict[str, Any], output: Path) -> str:
+def report(
+    rows: Sequence[AblationRow],
+    runs: dict[tuple[str, int], Run],
+    settings: dict[str, Any],
+    output: Path,
+) -> str:
     """Write table.md, table.json and chart.png; returns the Markdown."""
+    found = {
+        row.name: {r.seed: r for (name, _), r in runs.items() if name == row.name} for row in rows
+    }
     content = {
         "table": settings["table"],
         "settings": {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()},
-        "rows": [summarise(row, runs) for row in rows],
-        "runs": [run.summary(name) for name, by_seed in runs.items() for run in by_seed.values()],
+        "rows": [summarise(row, found) for row in rows],
+        "runs": [run.summary(name) for name, by_seed in found.items() for run in by_seed.values()],
     }
     environment = settings["environment"]
-    name = f"Table {settings['table']}" if settings["table"] else "Rows"
-    title = f"{name}, {setting(settings)}"
+    title = f"{settings['table'] or 'rows'}, {setting(settings)}"
     lines = [
-        f"# {title}\n",
+        f"# Table {title}\n",
         f"`{environment['command']}`; {environment['date'][:10]}, commit {environment['commit']}, "
         f"torch {environment['torch']}, one thread a run. Percent, mean ± standard deviation. The "
         "paper's rows: SegFormer-B0 on PASCAL Context, 20,000 iterations.\n",
@@ -317,8 +323,7 @@ def report(rows: Sequence[AblationRow], runs: Runs, settings: dict[str, Any], ou
     ]
     missing = [run for run in content["runs"] if run["problem"]]
     lines += ["\n## Without a result\n"] if missing else []
-    for run in missing:
-        lines.append(f"- {run['row']} seed {run['seed']}: {run['problem'].splitlines()[0]}")
+    lines += [f"- {run['row']} seed {run['seed']}: {run['problem']}" for run in missing]
     text = "\n".join(lines) + "\n"
     write_text(text, output / "table.md")
     write_json(content, output / "table.json")
@@ -326,7 +331,7 @@ def report(rows: Sequence[AblationRow], runs: Runs, settings: dict[str, Any], ou
     return text
 
 
-def summarise(row: AblationRow, runs: Runs) -> dict[str, Any]:
+def summarise(row: AblationRow, runs: dict[str, dict[int, Run]]) -> dict[str, Any]:
     """Mean, sample standard deviation and changes against ``full``, seed by seed."""
     base = "full@val" if row.calibrate_on else "full"
     own, full = (
