@@ -55,11 +55,13 @@ def main(argv: list[str] | None = None, benchmarks: Mapping[str, Benchmark] = BE
     args = parse_arguments(argv)
     progress = progress_line()
     if args.kind == "folder":
-        return tell(check_folder(args.root, workers=args.workers, progress=progress), args.root)
+        return print_report(
+            check_folder(args.root, workers=args.workers, progress=progress), args.root
+        )
     benchmark = benchmarks[args.kind]
     if args.check:
         report = check_benchmark(benchmark, args.root, workers=args.workers, progress=progress)
-        return tell(report, args.root)
+        return print_report(report, args.root)
     print(f"{benchmark.name}: {benchmark.terms}")
     try:
         prepare_benchmark(
@@ -80,7 +82,7 @@ def main(argv: list[str] | None = None, benchmarks: Mapping[str, Benchmark] = BE
     return 0
 
 
-def tell(report: Report, root: Path) -> int:
+def print_report(report: Report, root: Path) -> int:
     """Print a report; returns the exit status."""
     print()
     for split, count in report.counts.items():

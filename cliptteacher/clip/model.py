@@ -33,7 +33,7 @@ Activation = Literal["quick_gelu", "gelu"]
 _ACTIVATIONS = ("quick_gelu", "gelu")
 _MAX_BLOCKS = 1000  # the largest published transformers have 56
 
-# The weights that tell every size, and how many dimensions each has.
+# The weights whose shapes give every size, and how many dimensions each has.
 _SIZED_BY = {
     "visual.positional_embedding": 2,
     "visual.conv1.weight": 4,

@@ -108,7 +108,7 @@ class SeenOnly(Dataset[tuple[Tensor, Tensor]]):
     """Show a data set as training may see it: seen classes 0..S-1, everything else 255.
 
     The wrapper follows the protocol of the data set it wraps, but knows the seen names only:
-    whatever is handed to training code cannot tell how the unseen classes are called.
+    whatever is handed to training code does not hold the names of the unseen classes.
 
     Args:
         dataset: the data set with all A classes.

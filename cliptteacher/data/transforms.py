@@ -135,14 +135,15 @@ def random_window(
     """
     height, width = size
     # Where one class has all labelled pixels, only the random numbers of the ten tries matter.
-    hopeless = int(count_classes(label).count_nonzero()) <= 1
+    only_one_class = int(count_classes(label).count_nonzero()) <= 1
     for _ in range(1 + CROP_RETRIES):
         top = _randint(max(height - crop, 0) + 1)
         left = _randint(max(width - crop, 0) + 1)
         window = Window(top, left, min(crop, height), min(crop, width))
         if window[2:] == size or max_class_share >= 1:
             break
-        if not hopeless and not is_dominated(resize_label(label, size, window), max_class_share):
+        resized = resize_label(label, size, window)
+        if not only_one_class and not is_dominated(resized, max_class_share):
             break
     return window, resize_label(label, size, window)
 

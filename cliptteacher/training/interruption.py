@@ -77,9 +77,9 @@ class StopSignal:
 
 
 def ignore_signals(worker: int) -> None:
-    """Let a data worker outlive the signals that clusters send to whole process trees.
+    """Let a data worker ignore the signals that clusters send to whole process trees.
 
-    Its parent decides when it ends, and says so by SIGTERM too: that one counts.
+    A SIGTERM of its parent, which is how a loader ends its workers, still ends it.
     """
     if hasattr(signal, "SIGUSR1"):
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)

@@ -94,7 +94,7 @@ class MetricsLog:
 
     Args:
         path: the file. Lines after ``step`` are dropped first, so that a resumed run does not
-            tell the same iterations twice.
+            hold the same iterations twice.
         step: iterations already done when the run starts.
         tensorboard: write the figures as TensorBoard events too, to ``tensorboard/`` beside.
 
