@@ -27,17 +27,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from ablation_rows import BASES, CLIP_DENSE, TABLES, AblationRow, select_rows
-from evidence import finished, rows_table, setting
+from ablation_rows import BASES, CLIP_DENSE, TABLES, AblationRow, calibrated, select_rows
+from evidence import rows_table, setting
 
 from cliptteacher.command_line import number, one_sentence_errors
 from cliptteacher.distributed import Process
-from cliptteacher.evaluation import SCORES
+from cliptteacher.evaluation import SCORES, format_line
 from cliptteacher.files import read_json, write_json, write_text, write_whole
 from cliptteacher.framework import CLIPTeacherConfig
 from cliptteacher.training.config import (
@@ -67,6 +67,7 @@ def main(argv: list[str] | None = None) -> None:
         if importlib.util.find_spec("matplotlib") is None:
             raise ValueError("the chart needs matplotlib; run `pip install 'cliptteacher[plot]'`")
         rows = select_rows(args.table, args.rows.split(",") if args.rows else None)
+        rows += calibrated(rows) if args.calibrate else ()
         runs = plan(args, rows)
     environment = describe_environment(Process(0, 0, 1, torch.device("cpu")))
     unique = list({id(run): run for run in runs.values()}.values())
@@ -161,8 +162,8 @@ class Run:
             last = json.loads(lines[-1]) if lines else {}
         except ValueError:  # cut short by a crash
             return None
-        # The last evaluation follows the last iteration; the earlier ones precede it.
-        return last if last.get("step") == self.expected["iterations"] and "hIoU" in last else None
+        end = self.expected["iterations"], self.expected["test_split"]
+        return last if (last.get("step"), last.get("split")) == end else None
 
     def start(self) -> None:
         """Start the process; what it prints is appended to log.txt."""
@@ -206,41 +207,54 @@ class Run:
 
 
 def plan(args: argparse.Namespace, rows: Sequence[AblationRow]) -> dict[tuple[str, int], Run]:
-    """Make a run of every row and seed; rows that resolve to one configuration share one."""
+    """Make a run of every row and seed; those that ask for the same thing share one."""
     runs: dict[tuple[str, int], Run] = {}
-    for seed in range(
-        args.seed_start, args.seed_start + args.seeds
-    ):  # a whole table, then the next
+    first = args.seed_start
+    for seed in range(first, first + args.seeds):  # the whole table with one seed, then the next
         for row in rows:
-            if row.checkpoints_of:
-                run = evaluation_run(args, row, runs[row.checkpoints_of, seed])
-            elif row.name == CLIP_DENSE:  # no seed changes it
-                run = runs.get((CLIP_DENSE, args.seed_start)) or dense_run(args, row, seed)
-            else:
-                run = training_run(args, row, seed)
-                run = next((r for r in runs.values() if r.expected == run.expected), run)
-            runs[row.name, seed] = run
-            if args.calibrate and run.trains:
-                own = replace(calibrated(run.row), title=row.title)
-                runs[calibrated(row).name, seed] = evaluation_run(args, own, run)
+            source = runs[row.checkpoints_of, seed] if row.checkpoints_of else None
+            run = make_run(args, row, seed, source)
+            runs[row.name, seed] = next(
+                (r for r in runs.values() if r.expected == run.expected), run
+            )
     return runs
 
 
-def calibrated(row: AblationRow) -> AblationRow:
-    """The students of a row, each at the gamma that is best on validation scenes.
-
-    Rows differ in the size of their logits: one gamma for all favours the row it was chosen for.
-    """
-    return AblationRow(f"{row.name}@val", row.title, checkpoints_of=row.name, calibrate_on="val")
+def make_run(args: argparse.Namespace, row: AblationRow, seed: int, source: Run | None) -> Run:
+    """Train a row, or evaluate the student of another run, or the teacher's dense tokens."""
+    folder = args.runs / row.name / f"seed{seed}"
+    flags, config = resolve(args, row, seed)
+    if source is None and row.name != CLIP_DENSE:
+        command = ["examples/train.py", *flags, "--output", str(folder), "--resume"]
+        return Run(row, seed, folder, command, config)
+    expected: dict[str, Any] = {"split": row.split or config["test_split"]}
+    if source is None:
+        expected |= {name: config[name] for name in ("clip", "data", "root")}
+        expected["resize"] = config["eval_resize"]  # that of the students
+        command = ["--clip-only", "--templates", config["templates"]]
+    elif row.calibrate_on:
+        expected |= {"checkpoint": str(source.folder), "calibrated_on": row.calibrate_on}
+        command = ["--calibrate", row.calibrate_on]
+    else:
+        expected |= {"checkpoint": str(source.folder), "gamma": row.gamma}
+        command = []
+    for name, value in expected.items():
+        if name == "calibrated_on":
+            continue
+        values = value if isinstance(value, list) else [value]
+        command += [] if value is None else [f"--{name}", *map(str, values)]
+    command += ["--batch-size", "8", "--json", str(folder / "scores.json")]
+    return Run(row, seed, folder, ["examples/evaluate.py", *command], expected, source)
 
 
 def resolve(args: argparse.Namespace, row: AblationRow, seed: int) -> tuple[list[str], Any]:
     """Flags of train.py for a row, and the config.json that it makes of them."""
-    fields = {**row.overrides, "seed": seed}
-    flags = ["--data", args.data, *(["--root", args.root] if args.root else [])]
-    flags += ["--clip", args.clip] if args.clip else []
+    flags = ["--data", args.data]
+    for name in ("root", "clip"):
+        flags += [f"--{name}", getattr(args, name)] if getattr(args, name) else []
     flags += as_flags(BASES[args.base]) + args.more  # of two values of one flag the later one wins
-    flags += as_flags({"iterations": args.iterations} if args.iterations else {}) + as_flags(fields)
+    flags += as_flags({"iterations": args.iterations} if args.iterations else {})
+    flags += as_flags({**row.overrides, "seed": seed})
     parser = argparse.ArgumentParser("ablate.py")
     parser.add_argument("--recipe")
     namespace, given = parse_arguments(parser, CLASSES, flags)
@@ -251,39 +265,6 @@ def resolve(args: argparse.Namespace, row: AblationRow, seed: int) -> tuple[list
 
 def as_flags(fields: dict[str, Any]) -> list[str]:
     return [word for name, value in fields.items() for word in show_flag(name, value).split()]
-
-
-def training_run(args: argparse.Namespace, row: AblationRow, seed: int) -> Run:
-    folder = args.runs / row.name / f"seed{seed}"
-    flags, expected = resolve(args, row, seed)
-    command = ["examples/train.py", *flags, "--output", str(folder), "--resume"]
-    return Run(row, seed, folder, command, expected)
-
-
-def evaluation_run(args: argparse.Namespace, row: AblationRow, source: Run) -> Run:
-    """Evaluate the student of another run at the gamma of this row, or at its best on val."""
-    folder = args.runs / row.name / f"seed{source.seed}"
-    split = row.split or source.expected["test_split"]
-    how = {"gamma": row.gamma} if row.gamma is not None else {"calibrate": row.calibrate_on}
-    command = ["examples/evaluate.py", "--checkpoint", str(source.folder), "--batch-size", "8"]
-    command += [*as_flags({"split": split, **how}), "--json", str(folder / "scores.json")]
-    expected = {"split": split, "checkpoint": str(source.folder), "calibrated_on": row.calibrate_on}
-    expected |= {} if row.gamma is None else {"gamma": row.gamma}
-    return Run(row, source.seed, folder, command, expected, source)
-
-
-def dense_run(args: argparse.Namespace, row: AblationRow, seed: int) -> Run:
-    """Score the teacher's dense tokens, at the size that students are evaluated at."""
-    _, config = resolve(args, row, seed)
-    folder = args.runs / row.name / f"seed{seed}"
-    expected = {name: config[name] for name in ("clip", "data", "root")}
-    expected |= {"split": config["test_split"], "resize": config["eval_resize"]}
-    command = ["examples/evaluate.py", "--clip-dense", "--templates", config["templates"]]
-    for name, value in expected.items():
-        values = value if isinstance(value, list) else [value]
-        command += [] if value is None else [f"--{name}", *map(str, values)]
-    command += ["--batch-size", "8", "--json", str(folder / "scores.json")]
-    return Run(row, seed, folder, command, expected)
 
 
 def execute(runs: Sequence[Run], jobs: int, environment: dict[str, Any]) -> None:
@@ -304,9 +285,9 @@ def execute(runs: Sequence[Run], jobs: int, environment: dict[str, Any]) -> None
             for run in [r for r in running if r.process and r.process.poll() is not None]:
                 running.remove(run)
                 run.end(environment)
-                how = "failed" if run.problem else f"done: hIoU {(run.scores() or {})['hIoU']:.1f}"
+                how = "failed" if run.problem else format_line(run.scores() or {})
                 left = len(waiting) + len(running)
-                print(f"{run.name} {how}, {left} runs left", flush=True)
+                print(f"{run.name}: {how}; {left} runs left", flush=True)
     finally:  # train.py answers SIGTERM with a checkpoint, so that the run can be resumed
         for run in running:
             if run.process is not None:
@@ -322,23 +303,17 @@ def report(
     output: Path,
 ) -> str:
     """Write table.md, table.json and chart.png; returns the Markdown."""
-    first = settings["seed_start"]
-    by_row: dict[str, list[dict[str, Any]]] = {}
-    for (name, seed), run in runs.items():
-        if name != CLIP_DENSE or seed == first:
-            by_row.setdefault(name, []).append({**run.summary(name), "seed": seed})
-    own = [calibrated(row) for row in rows if (calibrated(row).name, first) in runs]
+    found = {
+        row.name: {r.seed: r for (name, _), r in runs.items() if name == row.name} for row in rows
+    }
     content = {
         "table": settings["table"],
         "settings": {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()},
-        "rows": [summarise(row, rows[0], by_row) for row in rows],
-        "calibrated": [summarise(row, own[0], by_row) for row in own],
-        "runs": [run for found in by_row.values() for run in found],
+        "rows": [summarise(row, found) for row in rows],
+        "runs": [run.summary(name) for name, by_seed in found.items() for run in by_seed.values()],
     }
-    environment, title = (
-        settings["environment"],
-        f"{settings['table'] or 'rows'}, {setting(settings)}",
-    )
+    environment = settings["environment"]
+    title = f"{settings['table'] or 'rows'}, {setting(settings)}"
     lines = [
         f"# Table {title}\n",
         f"`{environment['command']}`; {environment['date'][:10]}, commit {environment['commit']}, "
@@ -346,9 +321,6 @@ def report(
         "paper's rows: SegFormer-B0 on PASCAL Context, 20,000 iterations.\n",
         *rows_table([content], None, compare=True),
     ]
-    if own:
-        lines += ["\n## At the gamma that the validation split chooses for each run\n"]
-        lines += rows_table([{**content, "rows": content["calibrated"]}], None, compare=True)
     missing = [run for run in content["runs"] if run["problem"]]
     lines += ["\n## Without a result\n"] if missing else []
     lines += [f"- {run['row']} seed {run['seed']}: {run['problem']}" for run in missing]
@@ -359,8 +331,14 @@ def report(
     return text
 
 
-def summarise(row: AblationRow, base: AblationRow, runs: dict[str, Any]) -> dict[str, Any]:
-    """Mean, sample standard deviation and changes against the base, seed by seed."""
+def summarise(row: AblationRow, runs: dict[str, dict[int, Run]]) -> dict[str, Any]:
+    """Mean, sample standard deviation and changes against ``full``, seed by seed."""
+    base = "full@val" if row.calibrate_on else "full"
+    own, full = (
+        {seed: scores for seed, run in runs[name].items() if (scores := run.scores())}
+        for name in (row.name, base)
+    )
+    compared = [seed for seed in own if seed in full and row.name != base and not row.split]
     paper = row.paper_scores
     result: dict[str, Any] = {
         **{"row": row.name, "title": row.title, "overrides": row.overrides},
@@ -368,22 +346,21 @@ def summarise(row: AblationRow, base: AblationRow, runs: dict[str, Any]) -> dict
         "paper": None if paper is None else dict(zip(SCORES, paper, strict=True)),
     }
     for name in SCORES:
-        own, full = (
-            {run["seed"]: run["scores"][name] for run in finished({"runs": runs[each]}, each)}
-            for each in (row.name, base.name)
-        )
+        values = [scores[name] for scores in own.values() if scores[name] is not None]
         result[name] = {
-            "mean": statistics.fmean(own.values()) if own else None,
-            "std": statistics.stdev(own.values()) if len(own) > 1 else None,
-            "change_by_seed": [own[seed] - full[seed] for seed in own if seed in full]
-            if row.split == base.split
-            else [],
+            "mean": statistics.fmean(values) if values else None,
+            "std": statistics.stdev(values) if len(values) > 1 else None,
+            "change_by_seed": [
+                own[seed][name] - full[seed][name]
+                for seed in compared
+                if None not in (own[seed][name], full[seed][name])
+            ],
         }
     return result
 
 
 def draw(title: str, rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw bars of the finished rows with their standard deviations, the paper's scores as lines."""
+    """Draw bars of the finished rows with standard deviations, the paper's scores as lines."""
     from matplotlib.figure import Figure
 
     rows = [row for row in rows if row["hIoU"]["mean"] is not None]
@@ -393,11 +370,8 @@ def draw(title: str, rows: Sequence[dict[str, Any]], path: Path) -> None:
         heights = [y + (place - 1) * 0.27 for y in range(len(rows))]
         means, spreads = ([row[name][key] or 0 for row in rows] for key in ("mean", "std"))
         axes.barh(heights, means, 0.25, xerr=spreads, label=name, error_kw={"elinewidth": 1})
-        paper = [
-            (row["paper"][name], y) for row, y in zip(rows, heights, strict=True) if row["paper"]
-        ]
-        label = "paper" if place == 0 else None
-        axes.scatter(*zip(*paper, strict=True), 60, "black", "|", label=label) if paper else None
+        paper = [row["paper"][name] if row["paper"] else None for row in rows]
+        axes.plot(paper, heights, "k|", markersize=9, label=None if place else "paper")
     axes.set_yticks(range(len(rows)), [row["title"] for row in rows])
     axes.invert_yaxis()
     axes.set_xlabel("percent")

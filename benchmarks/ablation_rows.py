@@ -15,7 +15,8 @@ Module. A row with ``checkpoints_of`` trains nothing: it evaluates the students 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cliptteacher.training.paper_recipes import PAPER_ROWS, Scores
@@ -146,6 +147,18 @@ TABLES: dict[str, tuple[AblationRow, ...]] = {
     "windows": _WINDOWS,
     "main": tuple(_BY_NAME[name] for name in _MAIN),
 }
+
+
+def calibrated(rows: Iterable[AblationRow]) -> tuple[AblationRow, ...]:
+    """The students of all rows that train, each at the gamma that is best on validation scenes.
+
+    Rows differ in the size of their logits: one gamma for all favours the row it was chosen for.
+    """
+    trained = [row for row in rows if row.checkpoints_of is None and row.name != CLIP_DENSE]
+    return tuple(
+        replace(row, name=f"{row.name}@val", title=f"{row.title}, own gamma", overrides={})
+        for row in (replace(row, checkpoints_of=row.name, calibrate_on="val") for row in trained)
+    )
 
 
 def select_rows(table: str | None, names: list[str] | None = None) -> tuple[AblationRow, ...]:

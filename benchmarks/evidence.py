@@ -19,11 +19,11 @@ changes against `full`; and hIoU of several experiments, each a column, beside t
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import re
 import statistics
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,11 @@ Content = dict[str, Any]  # a JSON file of an ablation
 
 
 def main() -> None:
-    check = "--check" in sys.argv
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    check = parser.parse_args().check
     stale = [page for page in PAGES if BLOCK.sub(filled, page.read_text()) != page.read_text()]
     for page in stale if not check else ():
         page.write_text(BLOCK.sub(filled, page.read_text()))
@@ -62,7 +66,7 @@ def filled(block: re.Match[str]) -> str:
     elif kind == "beside the paper":
         lines = beside_the_paper(groups, rows)
     else:
-        lines = score_table(groups[0], rows, compare=not kind)
+        lines = rows_table(groups[0], rows, compare=not kind)
     return "\n".join([block["first"], *lines, "", block["last"]])
 
 
@@ -70,19 +74,18 @@ def read(file: str) -> Content:
     return dict(json.loads((RESULTS / f"{file}.json").read_text()))
 
 
-def score_table(
+def rows_table(
     contents: Sequence[Content], names: Sequence[str] | None, *, compare: bool
 ) -> list[str]:
     """Finished rows of ablations with one base: scores and, if asked, the change of hIoU."""
-    more = ["change of hIoU", "in the paper", "hIoU: sign"] if compare else []
+    more = ["change of hIoU", "in the paper"] if compare else []
     body = []
-    for title, row, content in found_rows(contents, names):
+    for title, row, content in found_rows(contents, names).values():
         runs = finished(content, row["row"])
         line = [title, str(len(runs)), *(number([run[name] for run in runs]) for name in SCORES)]
         if compare:
-            change, paper = change_of(row, content), paper_change(row, content)
-            told = "-" if paper is None else f"{paper:+.1f}"
-            line += [number(change, signed=True), told, verdict(paper, change)]
+            line.append(number(change_of(row, content), signed=True))
+            line.append(number(paper_change(row, content), signed=True))
         body.append(line)
     return as_markdown(["row", "seeds", *SCORES, *more], body)
 
@@ -90,46 +93,40 @@ def score_table(
 def settings_table(contents: Sequence[Content], name: str, *, changes: bool) -> list[str]:
     """One row of each file: its scores, or its changes against `full` with the paper's above."""
     body: list[list[str]] = []
-    if changes:
-        row = find(contents[0], name)
-        paper = [f"{paper_change(row, contents[0], score):+.1f}" for score in SCORES]
-        body.append(["the paper", "-", *paper])
     for content in contents:
-        row, runs = find(content, name), finished(content, name)
+        row = next(row for row in content["rows"] if row["row"] == name)
+        runs = finished(content, name)
         values = [
             row[score]["change_by_seed"] if changes else [run[score] for run in runs]
             for score in SCORES
         ]
+        if changes and not body:
+            paper = [number(paper_change(row, content, score), signed=True) for score in SCORES]
+            body.append(["the paper", "-", *paper])
         cells = [number(numbers, signed=changes) for numbers in values]
         body.append([setting(content["settings"]), str(len(values[-1])), *cells])
     return as_markdown(["setting", "seeds", *SCORES], body)
 
 
 def beside_the_paper(groups: Sequence[Sequence[Content]], names: Sequence[str] | None) -> list[str]:
-    """HIoU of `full`, and below it how each row changes that: the paper's, then ours."""
-    columns = [
-        {row["row"]: (row, content) for _, row, content in found_rows(group, None)}
-        for group in groups
-    ]
-    titles = {row["row"]: title for group in groups for title, row, _ in found_rows(group, None)}
+    """HIoU of `full` and how each row changes it: in the paper, then in each group of files."""
+    columns = [found_rows(group, None) for group in groups]
+    first = groups[0][0]["rows"][0]
+    full = [number([first["paper"]["hIoU"]])]
+    full += [number([run["hIoU"] for run in finished(group[0], first["row"])]) for group in groups]
+    body = [["full", *full]]
+    for name in names or {name: 0 for column in columns for name in column if name != "full"}:
+        found = [column[name] for column in columns if name in column]
+        paper = max((paper_change(row, content) for _, row, content in found), key=len)
+        ours = [change_of(*column[name][1:]) if name in column else [] for column in columns]
+        body.append([found[0][0], *(number(each, signed=True) for each in (paper, *ours))])
     head = ["hIoU", "the paper", *(setting(group[0]["settings"]) for group in groups)]
-    body = []
-    for name in names or titles:
-        here = [column.get(name) for column in columns]
-        papers = [paper_change(*each) for each in here if each]
-        told = next((f"{paper:+.1f}" for paper in papers if paper is not None), "-")
-        if name == "full":
-            told = f"{groups[0][0]['rows'][0]['paper']['hIoU']:.1f}"
-            cells = [number([run["hIoU"] for run in finished(group[0], name)]) for group in groups]
-        else:
-            cells = [number(change_of(*each), signed=True) if each else "-" for each in here]
-        body.append([titles[name], told, *cells])
     return as_markdown(head, body)
 
 
 def found_rows(
     contents: Sequence[Content], names: Sequence[str] | None
-) -> list[tuple[str, Content, Content]]:
+) -> dict[str, tuple[str, Content, Content]]:
     """Title, row and file of each row with a score; one that stands in two files comes once."""
     found: dict[str, tuple[str, Content, Content]] = {}
     for content in contents:
@@ -137,16 +134,13 @@ def found_rows(
             title = "full" if row is content["rows"][0] else row["title"]
             if row["hIoU"]["mean"] is not None:
                 found.setdefault(row["row"], (title, row, content))
-    return [found[name] for name in names or found]
-
-
-def find(content: Content, name: str) -> Content:
-    return next(row for row in content["rows"] if row["row"] == name)
+    return {name: found[name] for name in names or found}
 
 
 def finished(content: Content, name: str) -> list[dict[str, float]]:
-    """The scores of the finished runs of a row."""
-    return [run["scores"] for run in content["runs"] if run["row"] == name and run["scores"]]
+    """The scores of the finished runs of a row, if all of them are defined."""
+    runs = [run["scores"] for run in content["runs"] if run["row"] == name and run["scores"]]
+    return [scores for scores in runs if None not in scores.values()]
 
 
 def change_of(row: Content, content: Content) -> list[float]:
@@ -154,11 +148,10 @@ def change_of(row: Content, content: Content) -> list[float]:
     return [] if row is content["rows"][0] else list(row["hIoU"]["change_by_seed"])
 
 
-def paper_change(row: Content, content: Content, score: str = "hIoU") -> float | None:
+def paper_change(row: Content, content: Content, score: str = "hIoU") -> list[float]:
+    """The same in the paper: one change, or none."""
     base = content["rows"][0]
-    if row is base or not row["paper"]:
-        return None
-    return round(row["paper"][score] - base["paper"][score], 1)
+    return [row["paper"][score] - base["paper"][score]] if row["paper"] and row is not base else []
 
 
 def number(values: Sequence[float], signed: bool = False) -> str:
@@ -167,19 +160,6 @@ def number(values: Sequence[float], signed: bool = False) -> str:
         return "-"
     text = f"{statistics.fmean(values):{'+' if signed else ''}.1f}"
     return text if len(values) == 1 else f"{text} ± {statistics.stdev(values):.1f}"
-
-
-def verdict(paper: float | None, change: Sequence[float]) -> str:
-    """Compare the sign of a mean change with that in the paper."""
-    if not change:
-        return "-"
-    mean = statistics.fmean(change)
-    if len(change) > 1 and abs(mean) <= statistics.stdev(change):
-        return "within the spread"
-    if paper is None:
-        return f"{'+' if mean > 0 else '-'}, not in the paper"
-    sign = "same sign" if (mean > 0) == (paper > 0) else "other sign"
-    return sign if len(change) > 1 else f"{sign}, one seed"
 
 
 def setting(settings: dict[str, Any]) -> str:

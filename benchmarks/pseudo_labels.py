@@ -31,23 +31,25 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from ablation_rows import TABLES
 from torch import Tensor
 
+from cliptteacher import IGNORE_INDEX
 from cliptteacher.clip import CLIP, load_clip
 from cliptteacher.data import open_dataset
-from cliptteacher.data.splits import IGNORE_INDEX, ClassSplit, SegmentationDataset
+from cliptteacher.data.splits import ClassSplit, SegmentationDataset
 from cliptteacher.data.transforms import cut_to_patches
+from cliptteacher.files import write_json, write_text
 from cliptteacher.framework import CLIPTeacherConfig
 from cliptteacher.plm import PixelLearningModule, resize_nearest, unannotated_share
-from cliptteacher.training.ablations import TABLES
 from cliptteacher.training.config import TrainConfig, resolve_config
 from cliptteacher.training.recipes import get_recipe
-from cliptteacher.training.run import write_json
 
 MIXED_SHARE = 0.05
 TOLERANCE = 2 / 128  # of the longer side
@@ -86,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
     recipe = get_recipe(args.data)
     config, base = resolve_config((TrainConfig, CLIPTeacherConfig), (recipe, given))
     clip = load_clip(config.clip)
-    dataset = open_dataset(config.data, config.root, args.split, cache=False)
+    dataset = open_dataset(config.data, config.root, args.split)
     with torch.inference_mode():
         batches = list(
             read_batches(dataset, clip, config.eval_resize, args.scenes, args.batch_size)
@@ -100,8 +102,7 @@ def main(argv: list[str] | None = None) -> None:
     settings = {**vars(args), "images": images, "clip": config.clip}
     del settings["output"]
     text = markdown(results, settings)
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "pseudo_labels.md").write_text(text)
+    write_text(text, args.output / "pseudo_labels.md")
     write_json({"settings": settings, "results": results}, args.output / "pseudo_labels.json")
     print(text)
     print(json.dumps(results))
@@ -164,26 +165,17 @@ def groupings(base: CLIPTeacherConfig, channels: int) -> dict[str, Grouping]:
 
 def clusters_of(base: CLIPTeacherConfig, channels: int, overrides: Mapping[str, Any]) -> Grouping:
     """Group as the Pixel Learning Module does; without fusion, every cluster is a group."""
-    options = {**{name: getattr(base, name) for name in CLUSTERING}, **overrides}
-
-    def module(threshold: float) -> PixelLearningModule:
-        return PixelLearningModule(
-            channels,
-            scales=tuple(options["scales"]),
-            seeding=options["seeding"],
-            iterations=options["kmeans_iterations"],
-            threshold=threshold,
-            ignored_share=base.ignored_share,
-            adapter="identity",
-        )
-
-    fused, single = module(options["fusion_threshold"]), module(2.0)  # no cosine passes 2
+    config = replace(base, **overrides, adapter="identity")
+    fused = PixelLearningModule(channels, config)
+    single = PixelLearningModule(
+        channels, replace(config, fusion_threshold=2.0)
+    )  # above any cosine
 
     def group(batch: Batch) -> tuple[Tensor, Tensor]:
-        tokens = batch.tokens[options["tokens"]]
+        tokens = batch.tokens[config.tokens]
         clusters, _ = single.group_tokens(tokens, batch.seen)
         alive = torch.tensor([len(image[image >= 0].unique()) for image in clusters])
-        if options["fusion_threshold"] >= 1:
+        if config.fusion_threshold >= 1:
             return clusters, alive
         return fused.group_tokens(tokens, batch.seen)[0], alive
 

@@ -1,4 +1,4 @@
-"""What a student loses on images that are no multiple of its coarsest stride, and gets back.
+"""What padding gains on images whose sides are no multiple of the student's coarsest stride.
 
     python benchmarks/whole_cells.py RUN [RUN ...] --cut 0 31 [--divisors 1 32] [--json FILE]
 
@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from cliptteacher.data import SegmentationDataset, open_dataset
+from cliptteacher.distributed import Process
 from cliptteacher.evaluation import SCORES, evaluate, scores_as_percent
+from cliptteacher.files import write_json
 from cliptteacher.inference import load_segmenter
-from cliptteacher.training.distributed import Process
-from cliptteacher.training.run import describe_environment, write_json
+from cliptteacher.training.records import describe_environment
 
 
 class Cut:

@@ -170,7 +170,7 @@ def read_torch(path: StrPath) -> object:
     try:
         if is_zip:
             _compare_checksums(path)
-        # Memory-mapped, the storages have a fixed size: a tensor that claims more is an error.
+        # Memory-mapped, a storage that claims more than the file is an error, and no allocation.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:  # a damaged or hostile file can raise anything
         reason = str(error).strip().split("\n")[0]
@@ -229,7 +229,21 @@ def take_tensors(content: object, path: Path, wrappers: tuple[str, ...] = ()) ->
             f"{path} must hold a state dict, tensors by name; save `model.state_dict()`"
         )
     check_sizes(content, path)
+    if zipfile.is_zipfile(path):
+        _check_storages(content, path)
     return {name: tensor.detach().clone() for name, tensor in content.items()}
+
+
+def _check_storages(tensors: State, path: Path) -> None:
+    """Refuse a storage longer or shorter than its part of the zip; torch would read on behind."""
+    with zipfile.ZipFile(path) as archive:
+        lengths = {member.file_size for member in archive.infolist()}
+    for name, tensor in tensors.items():
+        if tensor.untyped_storage().nbytes() not in lengths:
+            raise ValueError(
+                f"{path} must hold the numbers of {name!r} in a part of their own, but none has "
+                f"{tensor.untyped_storage().nbytes()} bytes; get it again"
+            )
 
 
 def check_sizes(tensors: Mapping[str, Tensor], path: Path) -> None:

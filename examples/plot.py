@@ -91,7 +91,7 @@ def draw(runs: Mapping[str, dict[str, Curves]], keys: list[str], smooth: float, 
             colour = f"C{place % 10}"
             for order, (split, curve) in enumerate(run.get(key, {}).items()):
                 steps, values = zip(*curve, strict=True)
-                style = "-" if split is None else "-o" if order == 0 else "D"
+                style = "D" if order else "-" if split is None and len(curve) > 1 else "-o"
                 if smooth and split is None and key != "lr":
                     panel.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
                     values = smoothed(values, smooth)

@@ -433,7 +433,7 @@ SAFETENSORS = [
     ("views of the file kept", "tensor.detach().clone() for", "tensor.detach() for"),
     ("checksums not compared", "if member.CRC:", "if False:"),
     ("missing checksums compared", "if member.CRC:", "if True:"),
-    ("storages that grow", "mmap=is_zip", "mmap=False"),
+    ("storages read on behind their part", "untyped_storage().nbytes() not in lengths", "untyped_storage().nbytes() < 0"),
     ("bombs unpacked", "if stored > size or packed > _UNPACKED:", "if stored > size:"),
     ("sparse tensors accepted", "tensor.layout if tensor.layout != torch.strided else tensor.device", "tensor.device"),
     ("quantised tensors accepted", " or tensor.is_quantized or", " or"),

@@ -194,7 +194,7 @@ def test_foreign_networks_learn_in_the_framework(
     student = adapt_segmenter(make(weights=None, weights_backbone=None), channels=16)
     assert student.stride == stride
     assert student.mean.flatten().tolist() == pytest.approx([0.485, 0.456, 0.406])
-    config = CLIPTeacherConfig(scales=(1, 2), kmeans_iterations=2, adapter_heads=2)
+    config = CLIPTeacherConfig(scales=(1, 2), kmeans_iterations=2)
     model = CLIPTeacher(tiny_clip(), student, ("cat", "grass"), config).train()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     totals = learn(model, rate)

@@ -1,4 +1,4 @@
-"""CLIP's dense tokens in the place of a student: `DenseTokens` and `evaluate.py --clip-dense`."""
+"""CLIP's dense tokens in the place of a student: `DenseTokens` and `evaluate.py --clip-only`."""
 
 import importlib
 import json
@@ -44,7 +44,7 @@ def space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("gamma", [0.0, 0.05])
 def test_scores_are_those_of_the_obvious_computation(space: Path, gamma: float) -> None:
-    options = f"--clip-dense --clip {space / 'clip.pt'} --root {space / 'data'} --device cpu"
+    options = f"--clip-only --clip {space / 'clip.pt'} --root {space / 'data'} --device cpu"
     more = f"--gamma {gamma} --json {space / 'scores.json'}"
     importlib.import_module("evaluate").main([*options.split(), *more.split()])
     found = json.loads((space / "scores.json").read_text())
@@ -67,8 +67,8 @@ def test_a_clip_must_be_named_and_one_thing_be_scored(
     space: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     evaluate = importlib.import_module("evaluate")
-    with pytest.raises(SystemExit, match="--clip-dense needs a CLIP, got none; name one"):
-        evaluate.main(["--clip-dense", "--root", str(space / "data")])
+    with pytest.raises(SystemExit, match="--clip-only needs a CLIP, got none; name one"):
+        evaluate.main(["--clip-only", "--root", str(space / "data")])
     with pytest.raises(SystemExit):
-        evaluate.main(["--clip-dense", "--checkpoint", "x"])
+        evaluate.main(["--clip-only", "--checkpoint", "x"])
     assert "not allowed with" in capsys.readouterr().err

@@ -135,9 +135,7 @@ def test_activation(clip: CLIP, tmp_path: Path) -> None:
     other = CLIP(CLIPConfig(**{**vars(CONFIG), "activation": "gelu"}))
     save_clip(other, tmp_path / "gelu.pt")
     assert load_clip(tmp_path / "gelu.pt").config.activation == "gelu"
-    assert (
-        load_clip(tmp_path / "gelu.pt", activation="quick_gelu").config.activation == "quick_gelu"
-    )
+    assert load_clip(tmp_path / "gelu.pt", activation="quick_gelu").config == clip.config
     path = save_open_clip(clip, tmp_path)
     assert load_clip(path).config.activation == "quick_gelu"
     assert load_clip(path, activation="gelu").config.activation == "gelu"
@@ -160,9 +158,8 @@ def test_rows_outside_the_table_are_refused(clip: CLIP, tmp_path: Path) -> None:
         content = torch.load(save_own(clip, tmp_path), weights_only=True)
         content["state_dict"][f"token_embedding.{part}"] = value
         torch.save(content, tmp_path / "bad.pt")
-        with pytest.raises(
-            ValueError, match=f"its {count} rows of token_embedding do not fit into {size}"
-        ):
+        message = f"its {count} rows of token_embedding do not fit into {size}"
+        with pytest.raises(ValueError, match=message):
             load_clip(tmp_path / "bad.pt")
 
 
@@ -318,11 +315,6 @@ def test_a_projection_is_turned_by_its_own_name_only(clip: CLIP) -> None:
 
 
 def test_two_names_for_one_weight(clip: CLIP) -> None:
-    state = {**clip.state_dict(), "module.visual.proj": torch.ones(128, 24)}
-    with pytest.raises(
-        ValueError, match=r"one name, got 'visual.proj' and 'module.visual.proj' for 'visual.proj'"
-    ):
-        to_openai_names(state)
     state = to_hugging_face(clip.state_dict())
     block = "text_model.encoder.layers.2"
     twin = {f"{block}.mlp.c_fc.bias": torch.ones(256)}

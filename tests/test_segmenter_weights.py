@@ -293,3 +293,28 @@ def test_offline_error_says_where_to_put_the_file() -> None:
 def test_nothing_is_published_for_nano() -> None:
     with pytest.raises(ValueError, match=r"exists for segformer_b0, .* not for 'segformer_nano'"):
         build_segmenter("segformer_nano", 6, "imagenet")
+
+
+@pytest.mark.parametrize("damage", ["scalar", "vector", "empty", "integers", "nan"])
+@pytest.mark.parametrize("naming", [identity, to_toolbox, to_hugging_face])
+def test_any_damaged_tensor_is_named_with_its_file(
+    damage: str, naming: Callable[[dict[str, Tensor]], dict[str, Tensor]], tmp_path: Path
+) -> None:
+    state = naming(official_state(head=20 if naming is identity else None))
+    dropped = ("head.", "classifier.", "decode_head.conv_seg.")  # not used
+    for name in [n for n in state if not n.startswith(dropped) and not n.endswith("tracked")][::7]:
+        tensor = {
+            "scalar": torch.tensor(1.0),
+            "vector": torch.ones(3),
+            "empty": torch.ones(0),
+            "integers": state[name].long(),
+            "nan": state[name] * torch.nan,
+        }[damage]
+        torch.save({**state, name: tensor}, tmp_path / "a.pth")
+        with pytest.raises(ValueError, match=r"a\.pth does not fit segformer_b0: the weights must"):
+            build(tmp_path / "a.pth")
+    if naming is identity:  # sizes the head, and the last layer, which may have another number
+        for name in ("decode_head.linear_fuse.conv.weight", "decode_head.linear_pred.bias"):
+            torch.save({**state, name: torch.tensor(1.0)}, tmp_path / "a.pth")
+            with pytest.raises(ValueError, match=r"a\.pth does not fit segformer_b0"):
+                build(tmp_path / "a.pth")

@@ -47,7 +47,7 @@ def grid(name: str, stride: int, size: tuple[int, int]) -> tuple[int, ...]:
 
 
 def teach(student: nn.Module, **options: Any) -> CLIPTeacher:
-    small = {"scales": (1, 2), "kmeans_iterations": 2, "adapter_heads": 2}
+    small = {"scales": (1, 2), "kmeans_iterations": 2}
     return CLIPTeacher(tiny_clip(), student, NAMES, CLIPTeacherConfig(**{**small, **options}))
 
 

@@ -181,6 +181,28 @@ def test_a_tensor_larger_than_its_storage_is_not_allocated(tmp_path: Path) -> No
         read_weights(tmp_path / "a.pt")
 
 
+def test_a_storage_longer_than_its_part_of_the_zip(tmp_path: Path) -> None:
+    """`torch.load` takes the length from the pickle and would read what lies behind."""
+    torch.save({"w": torch.zeros(77), "z": torch.ones(5000)}, tmp_path / "a.pt")
+
+    def enlarge(name: str, content: bytes) -> bytes:
+        assert not name.endswith("data.pkl") or content.count(b"KM") == 2  # length and shape
+        return content.replace(b"KM", b"K\xf0") if name.endswith("data.pkl") else content
+
+    repack(tmp_path / "a.pt", enlarge, zipfile.ZIP_STORED)
+    with pytest.raises(ValueError, match=r"a\.pt must hold the numbers of 'w' .* none has 960 byt"):
+        read_weights(tmp_path / "a.pt")
+
+
+def test_numbers_repeated_by_a_stride(tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+    torch.save({"w": torch.ones(1).expand(2)}, path)
+    assert read_weights(path)["w"].tolist() == [1, 1]
+    torch.save({"w": torch.ones(1).expand(path.stat().st_size // 2)}, path)  # two times the file
+    with pytest.raises(ValueError, match=r"a\.pt must hold the numbers of its tensors, but 'w'"):
+        read_weights(path)
+
+
 def test_a_zip_that_unpacks_to_more_than_it_is(tmp_path: Path) -> None:
     torch.save({"w": torch.zeros(8 << 20)}, tmp_path / "a.pt")
     repack(tmp_path / "a.pt", lambda _, content: content, zipfile.ZIP_DEFLATED)

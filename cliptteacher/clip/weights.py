@@ -1,8 +1,9 @@
 """Load and save the weights of the teacher, CLIP (section 3.1 of arXiv:2310.02296v1).
 
-Sketch of `load_clip`: find the file (bundled, published by OpenAI, or yours); tell its format from
-its content; read it as data, never as a program; give the weights OpenAI's names; compare names
-and shapes with the model; build the model in float32, frozen.
+Sketch of `load_clip`: find the file (bundled, published by OpenAI, or yours); recognise its format
+by its content; read it as data, never as a program; give the weights OpenAI's names; find out the
+activation and the heads (`settings.py`); compare names, shapes and numbers with the model; build
+the model in float32, frozen.
 
 | content                          | read by                              |
 |----------------------------------|--------------------------------------|

@@ -3,7 +3,7 @@
 The coarsest cells of a network with stride 32 cover 32 x 32 pixels. Training crops are a multiple
 of that; an image of any other size ends in cells of which the network sees a part, filled up with
 zeros by every padded convolution: something it never met in training. Mirrored pixels are closer
-to what it knows than zeros, the mean colour or the repeated last row (benchmarks/README.md).
+to what it knows than zeros, the mean colour or the repeated last row (benchmarks/borders.md).
 """
 
 import torch

@@ -13,7 +13,7 @@ from .config import unknown_key
 from .paper_recipes import PAPER, PAPER_ROWS, row_of_table_1
 
 # Potential classes compete within their image, by cosine, for the unannotated pixels only, and
-# prototypes carry no gradient. Cheap; over three seeds each (benchmarks/README.md): against no
+# prototypes carry no gradient. Cheap; over three seeds each (benchmarks/readings.md): against no
 # pseudo labels a gain on photographs and none on miniworld, where the literal reading trades 7
 # points of the seen classes for 6 of the unseen ones. Short runs speak for the batch as scope, and
 # with focal at a fifth of its weight the literal reading is far better on photographs.
