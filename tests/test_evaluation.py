@@ -10,12 +10,22 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from PIL import Image
 from torch import Tensor
 
+from cliptteacher import evaluation
 from cliptteacher.data import open_dataset, prepare_benchmark
-from cliptteacher.evaluation import evaluate, format_scores, scores_as_percent, sweep_gamma
+from cliptteacher.evaluation import (
+    PANEL_IMAGES,
+    evaluate,
+    format_line,
+    format_scores,
+    scores_as_percent,
+    sweep_gamma,
+)
 from cliptteacher.inference import Predictor
 from cliptteacher.metrics import SegmentationMetrics
+from cliptteacher.visualize import prediction_panel
 
 NAMES = ("grass", "sky", "cow", "boat")
 
@@ -284,6 +294,54 @@ def test_table_by_hand() -> None:
             "     74.8     41.0        -      0.0",
         ]
     )
+
+
+def test_line_by_hand() -> None:
+    line = format_line(scores_as_percent(RESULT, NAMES))
+    assert line == "pAcc 74.8  mIoU(S) 41.0  mIoU(U) -  hIoU 0.0"
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_panel_shows_the_first_images_of_rank_0(
+    rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[tuple[list[Tensor], list[Tensor], list[Tensor]]] = []
+
+    def draw(images: Any, labels: Any, predictions: Any, *names: Any) -> Image.Image:
+        drawn.append((images, labels, predictions))
+        assert names == (NAMES, (2,))
+        return prediction_panel(images, labels, predictions, *names)
+
+    monkeypatch.setattr(evaluation, "prediction_panel", draw)
+    metrics = SegmentationMetrics(4, unseen=[2])
+    monkeypatch.setattr(SegmentationMetrics, "reduce", lambda self: None)
+    path = tmp_path / "panels" / "val.png"
+    found = evaluate(red_channel, Scenes(), rank=rank, world_size=2, batch_size=4, panel=path)
+    assert path.exists() == (rank == 0) == (len(drawn) == 1)
+    indices = range(rank, 7, 2)
+    for index in indices:
+        image, label = Scenes()[index]
+        metrics.update(image[0].long(), label)
+    assert same(dict(found), dict(metrics.compute()))  # drawing changes no score
+    if rank == 0:
+        for position, index in enumerate(list(indices)[:PANEL_IMAGES]):
+            image, label = Scenes()[index]
+            for column, expected in zip(drawn[0], (image, label, image[0]), strict=True):
+                assert torch.equal(column[position], expected.to(column[position].dtype))
+
+
+def test_a_panel_has_at_most_so_many_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[int] = []
+
+    def draw(images: Any, *_: Any) -> Image.Image:
+        drawn.append(len(images))
+        return Image.new("RGB", (4, 4))
+
+    monkeypatch.setattr(evaluation, "prediction_panel", draw)
+    evaluate(red_channel, Scenes(), batch_size=3, panel=tmp_path / "panel.png")
+    assert drawn == [PANEL_IMAGES] and len(Scenes()) > PANEL_IMAGES
 
 
 def test_percent_survives_json() -> None:
