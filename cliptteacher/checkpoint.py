@@ -101,7 +101,7 @@ def student_content(
             f"`text_features` must have one row per name, got {len(text_features)} rows for "
             f"{len(names)} names"
         )
-    built = getattr(segmenter, "build_arguments", {})
+    built = getattr(segmenter, "build_arguments", None) or {}
     return {
         "segmenter": dict(segmenter.state_dict()),
         "segmenter_name": built.get("name"),

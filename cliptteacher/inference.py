@@ -314,13 +314,7 @@ def load_segmenter(path: str | Path, segmenter: nn.Module | None = None) -> Trai
     """
     content = load_checkpoint(path)
     weights, name = content.pop("segmenter"), content["segmenter_name"]
-    if segmenter is None:
-        if name is None:
-            raise ValueError(
-                f"the student in {path} was not made by build_segmenter; pass the network it was "
-                "trained in as `segmenter`"
-            )
-        segmenter = build_segmenter(name, content["channels"], **content["segmenter_options"])
+    segmenter = _rebuild(content, path) if segmenter is None else segmenter
     try:
         segmenter.load_state_dict(weights)
     except RuntimeError as error:  # torch lists every tensor; the first says enough
@@ -344,6 +338,23 @@ def load_segmenter(path: str | Path, segmenter: nn.Module | None = None) -> Trai
         },
         checkpoint=content,
     )
+
+
+def _rebuild(content: dict[str, Any], path: str | Path) -> nn.Module:
+    """Build the student again that `build_segmenter` built for training."""
+    name = content["segmenter_name"]
+    if name is None:
+        raise ValueError(
+            f"the student in {path} was not built by build_segmenter; pass the network that it "
+            "was trained in: load_segmenter(path, segmenter=network)"
+        )
+    try:
+        return build_segmenter(name, content["channels"], **content["segmenter_options"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"the student in {path} cannot be built again: {error}; pass the network that it was "
+            "trained in: load_segmenter(path, segmenter=network)"
+        ) from error
 
 
 def window_starts(length: int, window: int, stride: int) -> list[int]:

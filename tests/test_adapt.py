@@ -92,6 +92,72 @@ def test_torchvision_segmenters(name: str, heads: list[str]) -> None:
     assert_trains(model)
 
 
+@pytest.mark.parametrize("name", ["deeplabv3_resnet50", "fcn_resnet50"])
+def test_the_caller_names_the_head(name: str) -> None:
+    module = getattr(segmentation, name)(weights=None, weights_backbone=None)
+    old = module.classifier[4]
+    model = adapt_segmenter(module, channels=10, head="classifier.4")
+    assert model.head_names == ("classifier.4",) and model.projection is None
+    (head,) = model.head
+    assert head is module.classifier[4] is not old and head.out_channels == 10
+    assert (head.kernel_size, head.in_channels) == (old.kernel_size, old.in_channels)
+    assert model.eval()(torch.rand(1, 3, 64, 48)).shape == (1, 10, 8, 6)
+
+
+@pytest.mark.parametrize(
+    ("head", "message"),
+    [
+        ("classifer.4", r"groups=1\) or Linear layer .* got 'classifer\.4', no such layer; "
+         r"candidates: classifier\.4"),
+        ("classifier.1", r"got 'classifier\.1', a BatchNorm2d; candidates: classifier\.4"),
+        ("aux_classifier.4", "got 'aux_classifier.4', no such layer; candidates: classifier.4"),
+        ("", "got '', a _TorchvisionSegmenter; candidates: classifier.4"),
+        ("classifier.0", r"got 'classifier\.0': with 10 outputs of that layer the network fails; "
+         r"candidates: classifier\.4"),
+    ],
+)  # fmt: skip
+def test_a_wrong_head_leaves_the_network_as_it_was(head: str, message: str) -> None:
+    module = segmentation.fcn_resnet50(weights=None, weights_backbone=None, aux_loss=True)
+    layers = dict(module.named_modules())
+    with pytest.raises(ValueError, match=message):
+        adapt_segmenter(module, channels=10, head=head)
+    assert dict(module.named_modules()) == layers
+
+
+def test_lraspp_adds_two_layers_and_one_of_them_is_not_the_head() -> None:
+    module = segmentation.lraspp_mobilenet_v3_large(weights=None, weights_backbone=None)
+    message = r"got 'classifier\.low_classifier': .* candidates: classifier\.high_classifier"
+    with pytest.raises(ValueError, match=message):
+        adapt_segmenter(module, channels=10, head="classifier.low_classifier")
+    assert module.classifier.low_classifier.out_channels == 21
+    assert adapt_segmenter(module, channels=10).head[0].out_channels == 10
+
+
+def test_a_layer_without_influence_on_the_shape_is_not_the_head() -> None:
+    module = Upsampling("bilinear")
+    message = (
+        r"'auxiliary': with 9 outputs of that layer the network returns shape \(1, 5, 64, 64\)"
+    )
+    with pytest.raises(ValueError, match=message):
+        adapt_segmenter(module, channels=9, head="auxiliary")
+    assert adapt_segmenter(module, channels=9, head="classifier").head_names == ("classifier",)
+
+
+def test_a_linear_head_can_be_named() -> None:
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder, self.score = features(8), nn.Linear(8, 5)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.score(self.encoder(images).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    model = adapt_segmenter(Tokens(), channels=12, head="score")
+    assert isinstance(model.head[0], nn.Linear)
+    assert model(torch.rand(2, 3, 32, 32)).shape == (2, 12, 8, 8)
+    assert_trains(model)
+
+
 def learn(model: CLIPTeacher, rate: float, steps: int = 4) -> list[float]:
     """Total losses of a few steps on one batch."""
     generator = torch.Generator().manual_seed(0)
@@ -128,7 +194,7 @@ def test_foreign_networks_learn_in_the_framework(
     student = adapt_segmenter(make(weights=None, weights_backbone=None), channels=16)
     assert student.stride == stride
     assert student.mean.flatten().tolist() == pytest.approx([0.485, 0.456, 0.406])
-    config = CLIPTeacherConfig(scales=(1, 2), kmeans_iterations=2, adapter_heads=2)
+    config = CLIPTeacherConfig(scales=(1, 2), kmeans_iterations=2)
     model = CLIPTeacher(tiny_clip(), student, ("cat", "grass"), config).train()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     totals = learn(model, rate)

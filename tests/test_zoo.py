@@ -70,7 +70,7 @@ def test_a_near_miss_is_named(name: str, nearest: str) -> None:
 
 
 def test_options_are_refused() -> None:
-    with pytest.raises(ValueError, match="has no option 'auxiliary'; it has none at all"):
+    with pytest.raises(ValueError, match="has no option 'auxiliary'; it has no options"):
         build_segmenter(LRASPP, 6, auxiliary=True)
 
 

@@ -1,9 +1,10 @@
 """The trainable students: any network from images to dense features of the joint space.
 
 Section 3.1 of arXiv:2310.02296v1 asks of the student only that it maps images (B, 3, H, W) to
-features (B, C, h, w), with C the width of the CLIP space. `build_segmenter` makes one by name,
-`adapt_segmenter` makes one of a foreign network. Either has `head`, the layers that are new and
-may learn faster, `stride`, and `channels`. Nothing here costs more than building the network.
+features (B, C, h, w), with C the width of the CLIP space. `build_segmenter` builds one by name,
+`adapt_segmenter` turns a foreign network into one. Either has `head` (the layers with random
+weights, which may get a higher learning rate), `stride` and `channels`. README.md in this folder
+lists them all.
 """
 
 import difflib
@@ -13,13 +14,12 @@ from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 
-from torch import nn
-
 from .adapt import AdaptedSegmenter, adapt_segmenter
 from .fpn import FPNSegmenter
 from .segformer import SEGFORMER_CONFIGS, Segformer, SegformerConfig
 from .segnext import SEGNEXT_CONFIGS, SegNeXt, SegNeXtConfig
 from .segnext_weights import load_segnext_weights, read_segnext_weights
+from .student import BuildArguments, Student
 from .swin import SWIN_CONFIGS, Swin, SwinConfig
 from .swin_weights import load_swin_weights, read_swin_weights
 from .weights import load_segformer_weights, read_segformer_weights
@@ -47,21 +47,25 @@ def list_segmenters() -> list[str]:
 
 def build_segmenter(
     name: str, channels: int, weights: str | Path | None = None, **options: object
-) -> nn.Module:
+) -> Student | AdaptedSegmenter:
     """Build a student by name.
+
+    The result carries its name, `channels` and `options` as `build_arguments`, from which
+    `load_segmenter` builds the same network again.
 
     Args:
         name: One of `list_segmenters()`.
         channels: C, the width of the joint space, `clip.embed_dim`.
         weights: `"imagenet"` for the published backbone, a file, or None for random weights.
-        options: Fields of the configuration of the family, such as `drop_path=0.0`.
+        options: Fields of the configuration of the family, such as `drop_path=0.0`: numbers,
+            booleans and tuples of them.
 
     Returns:
         A network from images (B, 3, H, W) in [0, 1] to features (B, C, H/s, W/s), s its `stride`.
 
     Raises:
         ValueError: If the name or an option is unknown, or the weights do not fit.
-        FileNotFoundError: If the weights are neither there nor can be downloaded.
+        FileNotFoundError: If the file of weights does not exist and cannot be downloaded.
 
     >>> build_segmenter("segformer_nano", channels=64).stride
     4
@@ -70,7 +74,16 @@ def build_segmenter(
         raise ValueError(
             f"`name` must be a known segmenter, got {name!r}; {_suggest(name, list_segmenters())}"
         )
-    return _BUILDERS[name](channels, weights, options)
+    model = _BUILDERS[name](channels, weights, options)
+    model.build_arguments = BuildArguments(
+        name=name, channels=channels, options={key: _plain(v) for key, v in options.items()}
+    )
+    return model
+
+
+def _plain(value: object) -> object:
+    """Write an option as JSON would."""
+    return [_plain(part) for part in value] if isinstance(value, tuple | list) else value
 
 
 def _build_segformer(
@@ -79,8 +92,9 @@ def _build_segformer(
     _check_options(name, options, [field.name for field in fields(SegformerConfig)])
     state = {} if weights is None else read_segformer_weights(name, weights)
     if "head.fuse.weight" in state:
-        # A published head knows its width, which differs between releases of the same size.
-        options = {"decoder_channels": len(state["head.fuse.weight"]), **options}
+        # The width of a published head differs between releases of the same size. It becomes one
+        # of the options, so that the student can be built again without that file.
+        options.setdefault("decoder_channels", len(state["head.fuse.weight"]))
     config = replace(SEGFORMER_CONFIGS[name], **options)  # type: ignore[arg-type]
     model = Segformer(config, channels)
     if weights is not None:
@@ -127,7 +141,7 @@ def _build_torchvision(
 def _check_options(name: str, options: dict[str, object], known: list[str]) -> None:
     for option in options:
         if option not in known:
-            hint = _suggest(option, known) if known else "it has none at all"
+            hint = _suggest(option, known) if known else "it has no options"
             raise ValueError(f"{name} has no option {option!r}; {hint}")
 
 
@@ -137,7 +151,8 @@ def _suggest(unknown: str, known: list[str]) -> str:
     return f"did you mean {nearest!r}? Known: {', '.join(known)}"
 
 
-_BUILDERS: dict[str, Callable[[int, str | Path | None, dict[str, object]], nn.Module]] = {
+_Builder = Callable[[int, str | Path | None, dict[str, object]], Student | AdaptedSegmenter]
+_BUILDERS: dict[str, _Builder] = {
     "fpn_small": _build_fpn,
     **{name: partial(_build_segformer, name) for name in SEGFORMER_CONFIGS},
     **{name: partial(_build_segnext, name) for name in SEGNEXT_CONFIGS},

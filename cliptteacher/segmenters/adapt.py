@@ -1,26 +1,28 @@
-"""Make a student of a foreign network: any map of pixels to classes, or of pixels to features.
+"""Turn a foreign network into a student: any network from images to class scores or features.
 
-    1. run the network once on noise, in eval mode, and look at its output map
-    2. find the convolution that produces that map: put noise in its place, the map must follow
-    3. replace it by one with `channels` outputs, or, if there is none, add a 1x1 convolution
-    4. freeze what the map does not depend on (an auxiliary classifier, say)
+    1. run the network once on noise, in eval mode, to learn the shape of its output map
+    2. take the layer that the caller names as the head; without a name, find the convolution
+       whose result is the output map: if noise replaces the result, the map must be that noise
+    3. replace it by a layer with `channels` outputs; if none is found, append a 1x1 convolution
+    4. freeze the parameters that the map does not depend on (an auxiliary classifier, say)
 
-Section 3.1 of arXiv:2310.02296v1 leaves the student open: anything that gives dense features (B,
-C, h, w) will do. The networks of torchvision upsample their output to the size of the image; with
-C in the hundreds that is most of the memory, so their two parts are run without it. The cost is
-a few forward passes and one backward pass on one small image.
+Section 3.1 of arXiv:2310.02296v1 leaves the student open: every network that returns dense
+features (B, C, h, w) will do. The networks of torchvision upsample their output to the size of the
+image; with C in the hundreds that is most of the memory, so backbone and classifier are run
+without it. The cost is a few forward passes and one backward pass on one small image.
 """
 
+import difflib
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from typing import Literal
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Literal, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .student import IMAGENET_MEAN, IMAGENET_STD
+from .student import IMAGENET_MEAN, IMAGENET_STD, BuildArguments, evaluating
 
 logger = logging.getLogger(__name__)
 
@@ -29,15 +31,18 @@ _STATISTICS = {
     "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
 }
 _MAP_KEYS = ("out", "logits")
+_LISTED = 8  # layers that a message lists
+
+_Head = nn.Conv2d | nn.Linear
 
 
 class AdaptedSegmenter(nn.Module):
-    """Run a foreign network on images in [0, 1]; made by `adapt_segmenter`.
+    """Run a foreign network on images in [0, 1]; built by `adapt_segmenter`.
 
     Args:
         network: The network, its last layers already replaced.
-        head_names: Paths of the new layers inside `network`.
-        projection: A layer to run on the output, or None.
+        head_names: Dotted paths of the new layers inside `network`.
+        projection: A 1x1 convolution of the output, or None.
         channels: C, the width of the features.
         stride: Image pixels per feature, rounded.
         normalize: Which statistics to apply, see `adapt_segmenter`.
@@ -45,6 +50,7 @@ class AdaptedSegmenter(nn.Module):
 
     mean: Tensor
     std: Tensor
+    build_arguments: BuildArguments | None = None  # set by `build_segmenter`
 
     def __init__(
         self,
@@ -88,6 +94,7 @@ def adapt_segmenter(
     module: nn.Module,
     channels: int,
     *,
+    head: str | None = None,
     image_size: int = 64,
     normalize: Literal["imagenet", "none"] = "imagenet",
 ) -> AdaptedSegmenter:
@@ -97,6 +104,8 @@ def adapt_segmenter(
         module: Any network from images (B, 3, H, W) to a map (B, n, h, w), or to a dictionary
             with the map at `"out"` or `"logits"`.
         channels: C, the width of the joint space.
+        head: Dotted path of the convolution or linear layer that computes the scores, such as
+            `"classifier.4"`: it is replaced by one with `channels` outputs. None searches for it.
         image_size: Side in pixels of the square image of the dry run; the network must accept it.
         normalize: `"imagenet"` if the network expects ImageNet statistics, `"none"` if it expects
             [0, 1].
@@ -106,7 +115,8 @@ def adapt_segmenter(
 
     Raises:
         TypeError: If the network returns neither a tensor nor a dictionary with a known key.
-        ValueError: If its output is not a 4-D map, or an argument is out of range.
+        ValueError: If its output is not a 4-D map, an argument is out of range, or `head` is not
+            the layer that computes the output; the network is then left as it was.
         RuntimeError: If the network does not run on an image of `image_size`.
 
     >>> backbone = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.ReLU())
@@ -119,12 +129,16 @@ def adapt_segmenter(
         raise ValueError(f"`normalize` must be 'imagenet' or 'none', got {normalize!r}")
     network, known_heads = _unwrap_torchvision(module)
     images = _noise_like(network, (1, 3, image_size, image_size))
-    with _evaluating(network):
+    with evaluating(network):
         output = _dry_run(network, images)
-        head_names = known_heads or _find_head(network, images, output)
+        if head is not None:
+            _replace_named(network, head, channels, images, output)
+            head_names: tuple[str, ...] = (head,)
+        else:
+            head_names = known_heads or _find_head(network, images, output)
+            for name in head_names:
+                _replace(network, name, channels)
         projection = None if head_names else nn.Conv2d(output.shape[1], channels, kernel_size=1)
-        for name in head_names:
-            _replace(network, name, channels)
         stride = max(1, round(image_size / output.shape[2]))
         adapted = AdaptedSegmenter(network, head_names, projection, channels, stride, normalize)
         adapted.to(images)
@@ -133,7 +147,7 @@ def adapt_segmenter(
 
 
 class _TorchvisionSegmenter(nn.Module):
-    """Run backbone and classifier of a torchvision segmenter, without its final upsampling."""
+    """Run backbone and classifier of a torchvision segmenter, without the final upsampling."""
 
     def __init__(self, backbone: nn.Module, classifier: nn.Module, key: str | None) -> None:
         super().__init__()
@@ -148,7 +162,7 @@ class _TorchvisionSegmenter(nn.Module):
 
 
 def _unwrap_torchvision(module: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
-    """Return the network to run, and the names of its last layers where they are known."""
+    """Return the network to run, and the paths of its last layers where they are known."""
     from torchvision.models.segmentation import FCN, LRASPP, DeepLabV3  # slow to import
 
     if isinstance(module, FCN | DeepLabV3):
@@ -161,7 +175,7 @@ def _unwrap_torchvision(module: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
 
 
 def _as_map(output: object) -> Tensor:
-    """Take the map (B, n, h, w) out of whatever a network returns."""
+    """Return the map (B, n, h, w) in the output of a network."""
     if isinstance(output, Mapping):
         key = next((key for key in _MAP_KEYS if key in output), None)
         if key is None:
@@ -178,28 +192,16 @@ def _as_map(output: object) -> Tensor:
     if output.ndim != 4:
         raise ValueError(
             f"the network must return a map (B, n, h, w), got shape {tuple(output.shape)}; "
-            "pass the part of it that keeps the pixels apart"
+            "pass the part of it that returns dense features"
         )
     return output
 
 
 def _noise_like(network: nn.Module, shape: tuple[int, ...]) -> Tensor:
-    """Draw noise for the network's device and type, without touching the global generator."""
+    """Draw noise on the network's device and in its dtype, with a generator of its own."""
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     parameter = next(network.parameters(), noise)
     return noise.to(parameter.device, parameter.dtype)
-
-
-@contextmanager
-def _evaluating(network: nn.Module) -> Iterator[None]:
-    """Switch to eval mode and back, module by module; batch statistics stay as they are."""
-    modes = {module: module.training for module in network.modules()}
-    network.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _dry_run(network: nn.Module, images: Tensor) -> Tensor:
@@ -215,7 +217,7 @@ def _dry_run(network: nn.Module, images: Tensor) -> Tensor:
 
 
 def _find_head(network: nn.Module, images: Tensor, output: Tensor) -> tuple[str, ...]:
-    """Name the convolution whose result is the output map, up to an interpolation."""
+    """Find the convolution whose result is the output map, up to an interpolation."""
     calls = _record_convolutions(network, images)
     names = [name for name, _ in calls]
     for name, shape in reversed(calls):
@@ -264,7 +266,7 @@ def _record_convolutions(network: nn.Module, images: Tensor) -> list[tuple[str, 
 
 
 def _is_resized(small: Tensor, large: Tensor) -> bool:
-    """Tell whether `large` is an interpolation of `small`, to rounding and nothing more."""
+    """Return whether `large` is an interpolation of `small`, up to rounding."""
     if small.shape[:2] != large.shape[:2]:
         return False
     size = large.shape[2:]
@@ -278,8 +280,11 @@ def _is_resized(small: Tensor, large: Tensor) -> bool:
 
 
 def _replace(network: nn.Module, name: str, channels: int) -> None:
-    """Put a convolution with `channels` outputs in the place of one with the same geometry."""
+    """Replace a layer by one with `channels` outputs and otherwise the same arguments."""
     old = network.get_submodule(name)
+    if isinstance(old, nn.Linear):
+        network.set_submodule(name, nn.Linear(old.in_features, channels, old.bias is not None))
+        return
     assert isinstance(old, nn.Conv2d)
     new = nn.Conv2d(
         old.in_channels,
@@ -294,8 +299,55 @@ def _replace(network: nn.Module, name: str, channels: int) -> None:
     network.set_submodule(name, new)
 
 
+def _replace_named(
+    network: nn.Module, name: str, channels: int, images: Tensor, output: Tensor
+) -> None:
+    """Replace the layer that the caller names as the head, and check that the output follows."""
+    layers = dict(network.named_modules())
+    old = layers.get(name)
+    if not name or not _is_head_layer(old):
+        kind = "no such layer" if old is None else f"a {type(old).__name__}"
+        raise ValueError(
+            f"`head` must name a Conv2d (groups=1) or Linear layer of the network, got {name!r}, "
+            f"{kind}; {_list_candidates(layers, name, output.shape[1])}"
+        )
+    _replace(network, name, channels)
+    network.get_submodule(name).to(images)
+    try:
+        found = tuple(_dry_run(network, images).shape)
+    except (RuntimeError, TypeError, ValueError):
+        found = None  # what follows the layer does not take its new width
+    if found != (1, channels, *output.shape[2:]):
+        network.set_submodule(name, old)
+        raise ValueError(
+            f"`head` must name the one layer that computes the output map, got {name!r}: with "
+            f"{channels} outputs of that layer the network "
+            f"{'fails' if found is None else f'returns shape {found}'}; "
+            f"{_list_candidates(layers, '', output.shape[1])}"
+        )
+
+
+def _is_head_layer(layer: nn.Module | None) -> TypeGuard[_Head]:
+    if isinstance(layer, nn.Conv2d):
+        return layer.groups == 1
+    return isinstance(layer, nn.Linear)
+
+
+def _list_candidates(layers: Mapping[str, nn.Module], name: str, outputs: int) -> str:
+    """List the layers with as many outputs as the network, the last of the network first."""
+    names = [key for key, layer in layers.items() if key and _is_head_layer(layer)]
+    fitting = [key for key in names if outputs in _num_outputs(layers[key])]
+    near = difflib.get_close_matches(name, names, n=2) if name else []
+    listed = list(dict.fromkeys([*near, *reversed(fitting or names)]))[:_LISTED]
+    return f"candidates: {', '.join(listed)}" if listed else "the network has no such layer"
+
+
+def _num_outputs(layer: nn.Module) -> tuple[int, ...]:
+    return (getattr(layer, "out_channels", 0), getattr(layer, "out_features", 0))
+
+
 def _freeze_unused(adapted: AdaptedSegmenter, images: Tensor) -> None:
-    """Freeze the parameters without influence on the features: data parallelism needs none."""
+    """Freeze parameters that the features do not depend on; DDP waits for their gradients."""
     trained = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
     total = adapted(images).sum()
     gradients = torch.autograd.grad(total, list(trained.values()), allow_unused=True)
@@ -303,4 +355,4 @@ def _freeze_unused(adapted: AdaptedSegmenter, images: Tensor) -> None:
     for name in unused:
         trained[name].requires_grad_(False)
     if unused:
-        logger.warning("frozen, for the features do not depend on them: %s", ", ".join(unused))
+        logger.warning("frozen, since the features do not depend on them: %s", ", ".join(unused))

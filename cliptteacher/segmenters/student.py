@@ -1,12 +1,22 @@
-"""What the named students share: the checks, the normalisation, the walk through the stages."""
+"""What the students share: input checks, normalisation, stages, and the switch to eval mode."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class BuildArguments(TypedDict):
+    """The arguments of the `build_segmenter` call that made a student: plain JSON values."""
+
+    name: str
+    channels: int
+    options: dict[str, object]
 
 
 class Student(nn.Module):
@@ -21,6 +31,8 @@ class Student(nn.Module):
 
     mean: Tensor
     std: Tensor
+    stride: int
+    build_arguments: BuildArguments | None = None  # set by `build_segmenter`
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -31,7 +43,7 @@ class Student(nn.Module):
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
 
     def normalize(self, images: Tensor) -> Tensor:
-        """Check images (B, 3, H, W) in [0, 1] and give them ImageNet's mean and deviation.
+        """Check images (B, 3, H, W) in [0, 1] and apply the statistics of ImageNet.
 
         Raises:
             TypeError: If the images are not floating point.
@@ -47,7 +59,7 @@ class Student(nn.Module):
 
 
 def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
-    """Let the rate of stochastic depth rise linearly with depth, from 0 to `rate`.
+    """Compute the stochastic depth rates, rising linearly with depth from 0 to `rate`.
 
     Args:
         rate: that of the last block.
@@ -66,7 +78,7 @@ def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
 
 
 def run_stages(stages: Iterable[nn.Module], x: Tensor) -> list[Tensor]:
-    """Apply stages one after another; the result of each, from fine to coarse."""
+    """Apply the stages in sequence and return the output of each, from fine to coarse."""
     maps: list[Tensor] = []
     for stage in stages:
         x = stage(x)
@@ -74,15 +86,24 @@ def run_stages(stages: Iterable[nn.Module], x: Tensor) -> list[Tensor]:
     return maps
 
 
-from contextlib import contextmanager
-
-
 @contextmanager
-def evaluating(module):
-    training = [part for part in module.modules() if part.training]
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Switch a module to eval mode for the length of a `with` block.
+
+    Every submodule gets its own mode back at the end, so a BatchNorm layer that was frozen in
+    eval mode within a training network stays frozen.
+
+    >>> network = nn.Dropout().train()
+    >>> with evaluating(network):
+    ...     network.training
+    False
+    >>> network.training
+    True
+    """
+    modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
         yield
     finally:
-        for part in training:
-            part.training = True
+        for part, training in modes:
+            part.training = training

@@ -84,7 +84,7 @@ def build_torchvision(name: str, channels: int, weights: str | Path | None) -> A
     """
     network = TORCHVISION_NETWORKS[name]
     state = None if weights is None else _read(name, weights)
-    with torch.device("cpu"):  # adapting looks at numbers, and the meta device has none
+    with torch.device("cpu"):  # adapting compares values, and the meta device holds none
         model = adapt_segmenter(network.build(), channels)
     if state is not None:
         _load(model, state, network)
@@ -102,7 +102,7 @@ def _read(name: str, source: str | Path) -> dict[str, Tensor]:
 
 
 def _load(model: AdaptedSegmenter, state: Mapping[str, Tensor], network: _Network) -> None:
-    """Fill the whole student from its own state dict, or the backbone from torchvision's file."""
+    """Load the whole student from its own state dict, or the backbone from torchvision's file."""
     current = model.state_dict()
     given, expected = dict(state), current
     if not any(key.startswith("network.") for key in state):
@@ -112,7 +112,7 @@ def _load(model: AdaptedSegmenter, state: Mapping[str, Tensor], network: _Networ
             if not key.startswith(_CLASSIFIERS)
         }
         expected = {key: value for key, value in current.items() if key.startswith(network.ours)}
-    # Files older than these counters lack them; nothing that we run reads them.
+    # Older files lack BatchNorm's counters, which are read with momentum=None only.
     counters = {key for key in expected.keys() - given.keys() if key.endswith("_batches_tracked")}
     check_fit(given, {key: value for key, value in expected.items() if key not in counters})
     model.load_state_dict({**current, **given})
