@@ -164,6 +164,10 @@ def test_official_head_loads_and_sets_its_width(tmp_path: Path) -> None:
     torch.save(official, tmp_path / "segformer.pth")
     model = build(tmp_path / "segformer.pth")
     assert model.config.decoder_channels == 20
+    assert (
+        model.build_arguments is not None
+        and model.build_arguments["options"]["decoder_channels"] == 20
+    )
     head = model.head
     fuse = official["decode_head.linear_fuse.conv.weight"]
     torch.testing.assert_close(head.fuse.weight, fuse.flatten(1), rtol=0, atol=0)

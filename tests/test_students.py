@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cliptteacher.framework import CLIPTeacher, CLIPTeacherConfig
-from cliptteacher.segmenters import build_segmenter, list_segmenters
+from cliptteacher.inference import Predictor, load_segmenter, save_segmenter
+from cliptteacher.segmenters import adapt_segmenter, build_segmenter, list_segmenters
 from cliptteacher.segmenters.segformer import EfficientAttention
 
 CHANNELS = 16
@@ -49,6 +50,50 @@ def grid(name: str, stride: int, size: tuple[int, int]) -> tuple[int, ...]:
 def teach(student: nn.Module, **options: Any) -> CLIPTeacher:
     small = {"scales": (1, 2), "kmeans_iterations": 2}
     return CLIPTeacher(tiny_clip(), student, NAMES, CLIPTeacherConfig(**{**small, **options}))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("swin_nano", {"auxiliary": True, "drop_path": 0.2, "depths": (2, 2, 1, 1)}),
+        ("segformer_nano", {"drop_path": 0.2, "decoder_channels": 48}),
+        ("segnext_nano", {"stride": 4}),
+        ("fpn_small", {"widths": (16, 32), "depth": 1}),
+        (LRASPP, {}),
+    ],
+)
+def test_a_student_with_options_round_trips(
+    name: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    student = build(name, **options)
+    arguments = student.build_arguments
+    as_json = json.loads(json.dumps(options))
+    assert arguments == {"name": name, "channels": CHANNELS, "options": as_json}
+    assert json.loads(json.dumps(arguments)) == arguments
+    text, image = torch.randn(len(NAMES), CHANNELS), torch.rand(3, 64, 48)
+    save_segmenter(tmp_path / "student.pt", student, names=NAMES, text_features=text)
+    loaded = load_segmenter(tmp_path / "student.pt")
+    assert loaded.segmenter.build_arguments == arguments
+    expected = Predictor(student, text).logits(image)
+    assert torch.equal(loaded.predictor().logits(image), expected)
+    assert loaded.segmenter.state_dict().keys() == student.state_dict().keys()
+
+
+def test_what_cannot_be_built_again_names_the_way_out(tmp_path: Path) -> None:
+    text, path = torch.randn(len(NAMES), CHANNELS), tmp_path / "student.pt"
+    foreign = adapt_segmenter(nn.Conv2d(3, 8, 3), CHANNELS)
+    save_segmenter(path, foreign, names=NAMES, text_features=text)
+    message = r"student\.pt was not built by build_segmenter; .* load_segmenter\(path, segmenter="
+    with pytest.raises(ValueError, match=message):
+        load_segmenter(path)
+    again = adapt_segmenter(nn.Conv2d(3, 8, 3), CHANNELS)
+    assert load_segmenter(path, segmenter=again).segmenter is again
+    assert torch.equal(again.head[0].weight, foreign.head[0].weight)
+    student = build("fpn_small")
+    student.build_arguments = {"name": "fpn_small", "channels": CHANNELS, "options": {"deep": 1}}
+    save_segmenter(path, student, names=NAMES, text_features=text)
+    with pytest.raises(ValueError, match=r"cannot be built again: fpn_small has no option 'deep'"):
+        load_segmenter(path)
 
 
 def batch(B: int = 2, seed: int = 0) -> tuple[Tensor, Tensor]:
