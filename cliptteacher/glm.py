@@ -152,7 +152,7 @@ class CLSBank(nn.Module):
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
         stored = state.get(f"{prefix}tokens")
         if stored is not None:  # another size or batch has another number of rows
-            self.tokens = self.tokens.new_zeros(stored.shape)
+            self.tokens = torch.zeros_like(stored, device=self.tokens.device)
             self._rows_fixed = False
         super()._load_from_state_dict(state, prefix, *args)
 

@@ -10,7 +10,18 @@ from typing import Any
 
 import pytest
 
-from cliptteacher import fusion, glm, inference, kmeans, logits, losses, metrics, plm, vla
+from cliptteacher import (
+    IGNORE_INDEX,
+    fusion,
+    glm,
+    inference,
+    kmeans,
+    logits,
+    losses,
+    metrics,
+    plm,
+    vla,
+)
 from cliptteacher.clip import prompts, tokenizer
 from cliptteacher.clip.model import CLIPConfig
 from cliptteacher.framework import CLIPTeacherConfig
@@ -169,3 +180,18 @@ def test_defaults(room: Callable[..., Any], expected: dict[str, object]) -> None
         if parameter.default is not inspect.Parameter.empty
     }
     assert found == expected
+
+
+def test_constants() -> None:
+    """What has no option, for no row of the paper changes it."""
+    assert IGNORE_INDEX == 255
+    assert plm.IGNORED_SHARE == 0.5  # more than half of the pixels of a token have no label
+    decoder = plm.PixelLearningModule(64).adapter
+    assert decoder.attend_self.heads == decoder.attend_cross.heads == 8
+
+
+def test_the_default_schedule_of_the_toolbox() -> None:
+    """Linear warm-up from 1e-6, then linear to 0: "poly" of power 1."""
+    factors = [optimizer.learning_rate_factor(step, 300, warmup=100) for step in (0, 50, 100, 200)]
+    assert factors == pytest.approx([1e-6, 1e-6 + (1 - 1e-6) / 2, 1.0, 0.5], rel=1e-12)
+    assert optimizer.learning_rate_factor(299, 300, warmup=0) == pytest.approx(1 / 300, rel=1e-12)

@@ -22,7 +22,7 @@ from cliptteacher.framework import (
 )
 from cliptteacher.glm import GlobalLearningModule
 from cliptteacher.losses import nel
-from cliptteacher.plm import PLMConfig, resize_nearest
+from cliptteacher.plm import PixelLearningModule, PLMConfig, resize_nearest
 from cliptteacher.vla import MLPAdapter
 
 NAMES = ("cat", "grass", "boat")
@@ -299,6 +299,45 @@ def test_the_state_dict_is_enough_to_go_on(tmp_path: Path) -> None:
         assert all(torch.equal(found[key], expected[key]) for key in KEYS)
 
 
+def test_without_the_bank_the_next_loss_is_another() -> None:
+    """Else the test above would show nothing of the bank."""
+    model, fresh = build(), build()
+    for seed in range(2):
+        model(*batch(seed=seed))
+    state = {name: value for name, value in model.state_dict().items() if "bank" not in name}
+    missing = fresh.load_state_dict(state, strict=False).missing_keys
+    assert missing == ["glm.0.bank.tokens", "glm.0.bank.filled"]
+    found, expected = fresh(*batch(seed=2)), model(*batch(seed=2))
+    assert found["global"] != expected["global"]
+    assert all(torch.equal(found[term], expected[term]) for term in set(TERMS) - {"global"})
+
+
+@pytest.mark.parametrize("size", [2, 9])
+def test_the_state_dict_of_another_bank_size_loads(size: int) -> None:
+    """The losses are those of a model that had this size from the start."""
+    model, other, same = build(bank_size=5), build(bank_size=size), build(bank_size=size)
+    for seed in range(3):
+        model(*batch(seed=seed))
+        same(*batch(seed=seed))
+    other.load_state_dict(model.state_dict())
+    for seed in range(3, 6):
+        found, expected = other(*batch(seed=seed)), same(*batch(seed=seed))
+        assert all(torch.equal(found[key], expected[key]) for key in KEYS)
+
+
+def test_two_forward_passes_before_one_backward_pass() -> None:
+    """No tensor that autograd saved is overwritten, and the gradients add up."""
+    model, twin = build(bank_size=2), build(bank_size=2)
+    for seed in range(3):  # a full bank, written in place from here on
+        model(*batch(seed=seed))
+        twin(*batch(seed=seed))
+    (model(*batch(seed=3))["total"] + model(*batch(seed=4))["total"]).backward()
+    for seed in (3, 4):
+        twin(*batch(seed=seed))["total"].backward()
+    for (name, found), expected in zip(model.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, expected.grad, msg=name)
+
+
 def test_parts_reach_every_bank() -> None:
     model = build(glm_windows=(1, 2), bank_size=3)
     images, labels = batch(B=4)
@@ -430,6 +469,11 @@ def test_a_student_of_another_width(weight: float) -> None:
     model = CLIPTeacher(tiny_clip(), tiny_student(channels=10), NAMES, config)
     with pytest.raises(ValueError, match=r"10.*channels=clip\.embed_dim"):
         model(*batch())
+
+
+def test_a_width_that_the_heads_of_the_adapter_do_not_divide() -> None:
+    with pytest.raises(ValueError, match="must divide the 12 channels, got 8"):
+        PixelLearningModule(12)
 
 
 def rank_batch(rank: int) -> tuple[Tensor, Tensor]:

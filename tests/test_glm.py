@@ -378,6 +378,49 @@ def test_a_loaded_bank_takes_the_size_and_the_batch_of_the_run_that_goes_on(
     assert torch.equal(held(bank), torch.cat((new, stored))[: size * B])
 
 
+def test_equal_batches_are_written_in_place() -> None:
+    """From the second iteration on the buffers are the same tensors, of the same shape."""
+    bank = CLSBank(3)
+    bank.insert(torch.randn(2, 5))
+    tokens, filled = bank.tokens, bank.filled
+    for _ in range(4):
+        bank.insert(torch.randn(2, 5))
+    assert bank.tokens is tokens and bank.filled is filled
+
+
+def test_two_forward_passes_before_one_backward_pass() -> None:
+    """Autograd must have saved no tensor that the second insertion overwrites."""
+    module, twin = GlobalLearningModule(bank_size=2), GlobalLearningModule(bank_size=2)
+    for seed in range(2):  # a full bank, written in place from here on
+        module(*random_step(seed))
+        twin(*random_step(seed))
+    steps = [random_step(seed) for seed in (2, 3)]
+    leaves = [features.clone().requires_grad_() for features, _ in steps]
+    sum(module(leaf, cls) for leaf, (_, cls) in zip(leaves, steps, strict=True)).backward()
+    for leaf, (features, cls) in zip(leaves, steps, strict=True):
+        alone = features.clone().requires_grad_()
+        twin(alone, cls).backward()
+        assert torch.equal(leaf.grad, alone.grad)
+
+
+def test_half_precision_tokens_are_held_in_full_precision() -> None:
+    bank, cls = CLSBank(2), torch.randn(2, 3).bfloat16()
+    bank.insert(cls)
+    assert bank.tokens.dtype == torch.float32 and torch.equal(held(bank), cls.float())
+
+
+def test_a_bank_in_float64_keeps_its_digits_through_a_state_dict() -> None:
+    bank, fresh = CLSBank(2), CLSBank(2)
+    bank.insert(torch.randn(2, 3, dtype=torch.float64))
+    fresh.load_state_dict(bank.state_dict())
+    assert torch.equal(held(fresh), held(bank))
+
+
+def test_a_state_without_its_count_is_refused() -> None:
+    with pytest.raises(RuntimeError, match=r'Missing key.*"filled"'):
+        CLSBank(2).load_state_dict({"tokens": torch.zeros(6, 4)})
+
+
 def test_bfloat16_features_stay_close() -> None:
     features, cls = random_step(7, C=32)
     exact = GlobalLearningModule()(features, cls)
