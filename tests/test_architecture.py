@@ -24,7 +24,7 @@ BESIDE = {"tensors": {"files"}, "checkpoint": {"files", "logits"}, "command_line
 ROOT = {"IGNORE_INDEX"}  # what the rooms take from the package itself
 LEAVES = ("kmeans", "fusion", "losses", "metrics", "logits", "sliding")
 PACKAGES = {"torch", "torchvision", "ftfy", "regex", "numpy", "PIL"}
-ALONE = (*LEAVES, "vla", "distributed", "data/miniworld", "clip/model")
+ALONE = (*LEAVES, "vla", "distributed", "clip/model")
 
 
 def room_of(path: Path) -> str:

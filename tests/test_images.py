@@ -1,5 +1,6 @@
 """Pictures of every kind: the right pixels, or one sentence that names the file."""
 
+import json
 import struct
 import unicodedata
 from pathlib import Path
@@ -12,7 +13,7 @@ from PIL import Image
 from cliptteacher.command_line import read_words
 from cliptteacher.data import FolderDataset, check_folder
 from cliptteacher.data.folder import read_label
-from cliptteacher.data.images import list_images, read_image, to_image
+from cliptteacher.data.images import list_images, read_image, to_batch, to_image
 
 RAMP = np.arange(0, 256, 5, dtype=np.uint8).reshape(4, 13)
 COLOURS = np.stack([RAMP, RAMP[::-1], RAMP[:, ::-1]], axis=-1)
@@ -28,7 +29,7 @@ def pixels(path: Path) -> np.ndarray:
 def test_sixteen_bits_of_grey_are_scaled(tmp_path: Path) -> None:
     """Half of 65535 is half of 255, not white."""
     Image.fromarray(RAMP.astype(np.uint16) * 257).save(tmp_path / "deep.png")
-    Image.fromarray(RAMP.astype(np.int32) * 257).save(tmp_path / "deep.tif")
+    Image.fromarray(RAMP.astype(np.uint16) * 257).save(tmp_path / "deep.tif")
     for name in ("deep.png", "deep.tif"):
         assert np.array_equal(pixels(tmp_path / name), np.repeat(RAMP[..., None], 3, axis=2))
 
@@ -63,7 +64,7 @@ def test_a_transparent_palette_entry_is_white(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["F", "LAB", "I"])
 def test_a_mode_without_a_range_is_refused_by_name(tmp_path: Path, mode: str) -> None:
-    values = np.full((2, 2), 70000, np.int32) if mode == "I" else np.zeros((2, 2), np.float32)
+    values = np.full((2, 2), 200, np.int32) if mode == "I" else np.zeros((2, 2), np.float32)
     picture = Image.new("LAB", (2, 2)) if mode == "LAB" else Image.fromarray(values)
     picture.save(tmp_path / "a.tif")
     with pytest.raises(ValueError, match=rf"a\.tif must be .*the range of its mode {mode} is not"):
@@ -74,18 +75,19 @@ def test_a_mode_without_a_range_is_refused_by_name(tmp_path: Path, mode: str) ->
 
 
 @pytest.mark.parametrize("tag", range(1, 9))
-def test_every_orientation(tmp_path: Path, tag: int) -> None:
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".webp"])
+def test_every_orientation(tmp_path: Path, tag: int, suffix: str) -> None:
     """As the viewer of the standard turns it; by hand, on a picture without symmetry."""
     exif = Image.Exif()
     exif[274] = tag
-    Image.fromarray(COLOURS).save(tmp_path / "a.png", exif=exif)
+    Image.fromarray(COLOURS).save(tmp_path / f"a{suffix}", exif=exif, lossless=True)
     flip, turn = np.fliplr, np.rot90
     expected = {
         1: COLOURS, 2: flip(COLOURS), 3: turn(COLOURS, 2), 4: np.flipud(COLOURS),
         5: COLOURS.transpose(1, 0, 2), 6: turn(COLOURS, -1),
         7: turn(COLOURS, 2).transpose(1, 0, 2), 8: turn(COLOURS, 1),
     }[tag]  # fmt: skip
-    assert np.array_equal(pixels(tmp_path / "a.png"), expected)
+    assert np.array_equal(pixels(tmp_path / f"a{suffix}"), expected)
 
 
 def exif_block(orientation: int, *entries: bytes) -> bytes:
@@ -117,7 +119,7 @@ def test_damaged_exif_is_no_exif(tmp_path: Path, block: bytes) -> None:
 def test_a_bomb_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Image.fromarray(COLOURS).save(tmp_path / "large.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
-    with pytest.raises(ValueError, match=r"large\.png must be .* at most 40 pixels, got more"):
+    with pytest.raises(ValueError, match=r"large\.png must be .* at most 40 pixels, got 52; make"):
         read_image(tmp_path / "large.png")
 
 
@@ -154,6 +156,14 @@ def test_everything_that_may_be_an_image(tmp_path: Path) -> None:
         assert torch.equal(to_image(kind), tensor)
     unit = to_image(COLOURS.astype(np.float64) / 255)
     assert unit.dtype == torch.float32 and torch.allclose(unit * 255, tensor.float())
+
+
+@pytest.mark.parametrize("value", [2.0, -3.0, float("nan"), float("inf"), 255.0])
+def test_float_images_out_of_range(value: float) -> None:
+    image = torch.zeros(3, 4, 4)
+    image[1, 2, 3] = value
+    with pytest.raises(ValueError, match=r"a float `image` must lie in \[0, 1\], got"):
+        to_batch(image)
 
 
 @pytest.mark.parametrize(
@@ -212,6 +222,30 @@ def test_indices_of_every_depth_are_read_as_stored(
     else:
         write_grey_png(tmp_path / "a.png", values, depth)
     assert np.array_equal(read_label(tmp_path / "a.png", num_classes=count).numpy(), values)
+
+
+def test_a_label_that_is_no_png(tmp_path: Path) -> None:
+    """JPEG changes indices, whatever the file is called."""
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "a.png", format="JPEG")
+    with pytest.raises(ValueError, match=r"a\.png must be a PNG, got JPEG"):
+        read_label(tmp_path / "a.png", 3)
+
+
+@pytest.mark.parametrize("name", [" ", "&nbsp;", "-", "Sky", "s_k_y"])
+def test_class_names_that_make_no_prompt_of_their_own(tmp_path: Path, name: str) -> None:
+    write_folder(tmp_path, ["a"])
+    classes = ["sky", name, "s-k-y"]
+    (tmp_path / "dataset.json").write_text(json.dumps({"classes": classes, "unseen": []}))
+    message = r"dataset\.json: (a class name must hold|class names must)"
+    with pytest.raises(ValueError, match=message):
+        FolderDataset(tmp_path, "train")
+
+
+def test_names_with_an_ending_are_explained(tmp_path: Path) -> None:
+    write_folder(tmp_path, ["a"])
+    (tmp_path / "train.txt").write_text("a.png")
+    with pytest.raises(ValueError, match=r"list names without ending, got a\.png"):
+        FolderDataset(tmp_path, "train")
 
 
 def test_indices_of_sixteen_bits(tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from .. import IGNORE_INDEX
 from ..files import read_text
@@ -126,21 +125,6 @@ def encode(values: NDArray[np.generic], table: NDArray[np.int16], path: Path) ->
             "it was changed or belongs to another release, fetch the official file"
         )
     return encoded.astype(np.uint8)
-
-
-def read_indices(path: Path) -> NDArray[np.uint8]:
-    """Read the pixels of a greyscale or palette PNG as numbers; its palette is not looked at.
-
-    Raises:
-        ValueError: if the file holds colours.
-    """
-    with Image.open(path) as file:
-        if file.mode not in ("L", "P"):
-            raise ValueError(
-                f"label {path} must be a greyscale or palette PNG, got colours instead of "
-                f"indices (mode {file.mode}); it was converted, fetch the official file"
-            )
-        return np.array(file, dtype=np.uint8)
 
 
 def read_names(path: Path) -> list[str]:

@@ -96,11 +96,6 @@ def check_benchmark(
     return report
 
 
-def _read_lines(path: Path) -> list[str]:
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [line.strip() for line in lines if line.strip()]
-
-
 def _read_splits(root: Path, report: Report) -> dict[str, list[str]]:
     """Read the names of each split; a text file that names no image is none."""
     images = {composed(path.stem) for path in root.glob("images/*")}

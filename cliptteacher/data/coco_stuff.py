@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import IGNORE_INDEX
-from .benchmark import Archive, Benchmark, Item, encode, forbid, label_table, read_indices
+from .benchmark import Archive, Benchmark, Item, encode, forbid, label_table
+from .images import read_indices
 
 CLASS_NAMES = (
     "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat",

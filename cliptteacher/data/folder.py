@@ -19,17 +19,15 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from .. import IGNORE_INDEX
 from ..files import read_json, read_text
-from .images import read_image, readable_suffixes
+from .images import read_image, read_indices, readable_suffixes
 from .splits import ClassSplit
 
 FIRST_SUFFIXES = (".jpg", ".jpeg", ".png")  # where an image is there twice, these come first
-INDEX_MODES = ("1", "L", "P", "I", "I;16")  # Pillow modes whose pixels are numbers, not colours
 
 
 class FolderDataset(Dataset[tuple[Tensor, Tensor]]):
@@ -99,30 +97,10 @@ def read_label(path: Path, num_classes: int, ignore_index: int = IGNORE_INDEX) -
     Raises:
         ValueError: if the file is damaged, holds colours, or an index that is no class.
     """
-    indices = _read_indices(path)
+    indices = read_indices(path)
     ignored = indices == ignore_index
     _check_indices(path, indices, ignored, num_classes, ignore_index)
     return torch.from_numpy(np.where(ignored, np.uint8(IGNORE_INDEX), indices).astype(np.uint8))
-
-
-def _read_indices(path: Path) -> NDArray[np.integer[Any]]:
-    """Read the numbers of a grey or palette PNG as they are stored."""
-    try:
-        with Image.open(path) as file:
-            mode = file.mode
-            indices = np.array(file) if mode in INDEX_MODES else None
-        with path.open("rb") as raw:
-            depth, colour = raw.read(26)[24:]  # of the IHDR chunk
-    except Exception as error:  # decoders meet any bytes, and raise whatever these lead them to
-        raise ValueError(f"label {path} must be a readable PNG, but {error}") from error
-    if indices is None:
-        raise ValueError(
-            f"label {path} must hold one class index a pixel, got colours instead of indices "
-            f"(mode {mode}); save it as a greyscale or palette PNG"
-        )
-    if mode == "L" and colour == 0 and depth in (2, 4):  # Pillow stretches these greys to 0..255
-        indices = indices // (255 // (2**depth - 1))
-    return indices.astype(np.uint8) if mode == "1" else indices
 
 
 def _check_indices(
@@ -171,7 +149,7 @@ def _name_list(path: Path, content: Any, key: str) -> tuple[str, ...]:
 
 def _ignore_index(path: Path, content: dict[str, Any], num_classes: int) -> int:
     value = content.get("ignore_index", IGNORE_INDEX)
-    if not isinstance(value, int) or 0 <= value < num_classes:
+    if not isinstance(value, int) or isinstance(value, bool) or 0 <= value < num_classes:
         raise ValueError(
             f"`ignore_index` in {path} must be an integer that is no class (0..{num_classes - 1} "
             f"are taken), got {value!r}"
@@ -205,6 +183,8 @@ def _paired_files(
     files.sort(key=lambda file: order[file.suffix.lower()], reverse=True)
     by_name = {composed(file.stem): file for file in files}  # on a tie the earlier suffix wins
     missing = [name for name in names if name not in by_name]
+    if missing and Path(missing[0]).suffix.lower() in order and Path(missing[0]).stem in by_name:
+        raise ValueError(f"the split must list names without ending, got {missing[0]}")
     if missing:
         raise FileNotFoundError(
             f"{folder / missing[0]} ({' or '.join([*order][:3])}) must exist, but {len(missing)} "

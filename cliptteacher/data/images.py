@@ -1,16 +1,17 @@
 """Read pictures: every one upright and RGB in 8 bits, or refused in a sentence that names the file.
 
-mode of the file             becomes
+mode                         becomes
 RGB, 1, L, P, CMYK, YCbCr    8 bits a channel, as Pillow converts it
-I;16, I (16 bits of grey)    65535 -> 255
+I;16, I of a PNG             16 bits of grey: 65535 -> 255
 with transparency            composited on white
-F, LAB, HSV, I above 65535   refused: no range is stated
+F, LAB, HSV, other I         refused: no range is stated
 """
 
 from __future__ import annotations
 
-import warnings
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,8 @@ from torch import Tensor
 
 ImageLike = str | Path | Image.Image | NDArray[np.generic] | Tensor
 
+# Formats that Pillow only recognises, or hands to another program.
+_NO_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 BACKGROUND = (255, 255, 255)  # behind transparent pixels
 _ORIENTATION = 274  # EXIF tag
 _UPRIGHT = {
@@ -31,6 +34,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_INDEX_MODES = ("1", "L", "P", "I", "I;16")  # whose pixels are numbers, not colours
 _DIRECT = ("RGB", "L", "1", "P", "CMYK", "YCbCr", "RGBX")
 _ALPHA = ("RGBA", "LA", "PA", "La", "RGBa")
 
@@ -52,14 +56,13 @@ def read_image(path: str | Path) -> Tensor:
     if not path.is_file():
         raise FileNotFoundError(f"the image {path} does not exist")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # on damaged metadata, which nobody needs
-            with Image.open(path) as file:
-                return _as_tensor(_upright(file))
-    except Image.DecompressionBombError:
-        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        with Image.open(path) as file:
+            return _as_tensor(_upright(file))
+    except Image.DecompressionBombError as error:
+        found, limit = re.findall(r"\d+", str(error))[:2]
         raise ValueError(
-            f"{path} must be a readable image of at most {limit} pixels, got more; make it smaller"
+            f"{path} must be a readable image of at most {limit} pixels, got {found}; make it "
+            "smaller"
         ) from None
     except Exception as error:  # decoders meet any bytes, and raise whatever these lead them to
         raise ValueError(f"{path} must be a readable image, but {_sentence(error)}") from error
@@ -124,19 +127,19 @@ def to_batch(image: Tensor) -> Tensor:
         return images.float() / 255
     if not images.is_floating_point():
         raise ValueError(f"`image` must be uint8, or float in [0, 1], got {images.dtype}")
-    if float(images.max()) > 2:  # bicubic resizing may overshoot 1 a little
+    low, high = (float(value) for value in images.aminmax()) if images.numel() else (0.0, 0.0)
+    if not (-1 <= low and high < 2):  # bicubic resizing may overshoot a little; NaN fails too
         raise ValueError(
-            f"a float `image` must lie in [0, 1], got a maximum of {float(images.max()):g}; "
-            "divide by 255 and leave normalisation to the network"
+            f"a float `image` must lie in [0, 1], got {low:g} to {high:g}; divide by 255 and leave "
+            "normalisation to the network"
         )
     return images
 
 
 def readable_suffixes() -> frozenset[str]:
     """The endings of files that the installed Pillow reads, in lower case: ".jpg", ".webp", ..."""
-    return frozenset(
-        suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN
-    )
+    suffixes = Image.registered_extensions()
+    return frozenset(s for s, kind in suffixes.items() if kind in {*Image.OPEN} - _NO_PICTURES)
 
 
 def list_images(folder: str | Path) -> tuple[list[Path], list[Path]]:
@@ -148,16 +151,62 @@ def list_images(folder: str | Path) -> tuple[list[Path], list[Path]]:
     files = sorted(p for p in Path(folder).iterdir() if p.is_file() and p.name[0] != ".")
     suffixes = readable_suffixes()
     readable = [path for path in files if path.suffix.lower() in suffixes]
-    return readable, [path for path in files if path not in readable]
+    return readable, [path for path in files if path.suffix.lower() not in suffixes]
+
+
+def read_indices(path: Path) -> NDArray[np.integer[Any]]:
+    """Read the numbers of a grey or palette PNG as they are stored, whatever their depth.
+
+    Returns:
+        (H, W); the palette of a palette image is not looked at.
+
+    Raises:
+        ValueError: the file is no PNG, is damaged, or holds colours.
+    """
+    try:
+        with Image.open(path) as file:
+            kind, mode = file.format, file.mode
+            indices = np.array(file) if mode in _INDEX_MODES else None
+        with path.open("rb") as raw:
+            depth, colour = raw.read(26)[24:]  # of the IHDR chunk
+    except Exception as error:  # decoders meet any bytes, and raise whatever these lead them to
+        raise ValueError(f"label {path} must be a readable PNG, but {_sentence(error)}") from error
+    if kind != "PNG":
+        raise ValueError(f"label {path} must be a PNG, got {kind}, which may change indices")
+    if indices is None:
+        raise ValueError(
+            f"label {path} must hold one class index a pixel, got colours instead of indices "
+            f"(mode {mode}); save it as a greyscale or palette PNG"
+        )
+    if mode == "L" and colour == 0 and depth in (2, 4):  # Pillow stretches these greys to 0..255
+        indices = indices // (255 // (2**depth - 1))
+    return indices.astype(np.uint8) if mode == "1" else indices
+
+
+def orientation(file: Image.Image) -> int:
+    """Return the EXIF orientation 1..8; damaged EXIF has none, and the rest is not looked at.
+
+    Pixels are loaded first: the loader of TIFF turns them itself and clears the tag.
+    """
+    file.load()
+    try:
+        return int(file.getexif().get(_ORIENTATION, 1))
+    except Exception:  # whatever its bytes lead the parser to
+        return 1
+
+
+def turned(image: Image.Image, orientation: int) -> Image.Image:
+    """Turn an image as its orientation says."""
+    turn = _UPRIGHT.get(orientation)
+    if turn is None:
+        return image
+    kind, image = image.format, image.transpose(turn)
+    image.format = kind
+    return image
 
 
 def _upright(file: Image.Image) -> Image.Image:
-    """Apply the orientation; the rest of EXIF, which may be damaged, is not looked at."""
-    try:
-        turn = _UPRIGHT.get(file.getexif().get(_ORIENTATION, 1))
-    except Exception:  # no EXIF that can be read, so no orientation
-        turn = None
-    return file if turn is None else file.transpose(turn)
+    return turned(file, orientation(file))
 
 
 def _as_tensor(image: Image.Image) -> Tensor:
@@ -172,7 +221,7 @@ def _as_rgb(image: Image.Image) -> Image.Image:
         return Image.alpha_composite(background, with_alpha).convert("RGB")
     if image.mode in _DIRECT:
         return image if image.mode == "RGB" else image.convert("RGB")
-    if image.mode.startswith("I"):
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         values = np.array(image).astype(np.int64)
         if values.size and 0 <= values.min() and values.max() <= 65535:
             return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8)).convert(

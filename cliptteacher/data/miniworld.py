@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from .. import IGNORE_INDEX
+
 STUFF = ("grass", "sand", "water", "brick", "wood", "snow", "lava", "cloud", "stone", "tile")
 THINGS = (
     *("disc", "ring", "star", "cross", "triangle"),
@@ -29,7 +31,6 @@ THINGS = (
 )
 CLASS_NAMES = STUFF + THINGS
 UNSEEN_NAMES = ("water", "brick", "arrow", "square", "flower")
-IGNORE_INDEX = 255
 SPLIT_SIZES = {"train": 2048, "val": 192, "test": 256, "pretrain": 1 << 30}
 # First seed of each split. PyTorch's CPU generator reads the low 32 bits of a seed and no more.
 _FIRST_SEEDS = {"pretrain": 0, "train": 1 << 30, "val": 2 << 30, "test": (3 << 30) + (1 << 28)}

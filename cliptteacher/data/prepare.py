@@ -14,7 +14,6 @@ Cost: the downloads, and about 3 ms of one core per label.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,11 +22,12 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image
 
 from .. import IGNORE_INDEX
-from ..files import Progress, download, write_json, write_text, write_whole
+from ..files import Progress, download, read_json, write_json, write_text, write_whole
 from .benchmark import Archive, Benchmark, Item
+from .images import orientation, turned
 from .parallel import parallel_map
 from .unpack import unpack
 
@@ -104,7 +104,7 @@ def _refuse_other_data(benchmark: Benchmark, root: Path) -> None:
     if not path.exists():
         return
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
     except ValueError:
         found = None
     if found != description(benchmark):
@@ -230,8 +230,7 @@ def _convert(
     """Write the index PNG of one item; returns what is wrong with it, if anything."""
     try:
         with Image.open(item.image) as photo:
-            orientation = photo.getexif().get(ExifTags.Base.Orientation, 1)
-            stored = photo.size
+            stored, turn = photo.size, orientation(photo)
         label = Image.fromarray(read_label(item.label))
     except (ValueError, OSError, SyntaxError) as error:  # Pillow raises the last for broken PNGs
         return f"{item.name}: {error}"
@@ -241,9 +240,8 @@ def _convert(
             "(width, height)"
         )
     # The labels belong to the pixels as stored, but photographs are read upright.
-    label.getexif()[ExifTags.Base.Orientation] = orientation
     with write_whole(folder / f"{item.name}.png", flush=False) as file:  # 118,000 for COCO-Stuff
-        ImageOps.exif_transpose(label).save(file, "PNG")
+        turned(label, turn).save(file, "PNG")
     return None
 
 

@@ -12,6 +12,8 @@ The order matters: a crop that is chosen by class frequency, applied to labels w
 the unseen classes, would leak them. Cost: one gather over the pixels of a label map.
 """
 
+import html
+from collections import Counter
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,7 +23,7 @@ from torch.utils.data import Dataset
 
 from .. import IGNORE_INDEX
 
-MAX_CLASSES = 255  # a label is one byte, and 255 means "ignore"
+MAX_CLASSES = IGNORE_INDEX  # a label is one byte, and 255 means "ignore"
 
 
 class SegmentationDataset(Protocol):
@@ -143,9 +145,17 @@ def _check_names(names: tuple[str, ...]) -> None:
             f"`names` must hold 1 to {MAX_CLASSES} classes, got {len(names)}; "
             "label maps are stored in one byte"
         )
-    repeated = sorted({name for name in names if names.count(name) > 1})
+    blank = [name for name in names if not any(map(str.isalnum, html.unescape(name)))]
+    if blank:
+        raise ValueError(f"a class name must hold a letter or digit, got {blank[0]!r}; rename it")
+    repeated = [name for name, count in Counter(map(_spelling, names)).items() if count > 1]
     if repeated:
         raise ValueError(f"class names must be unique, got {repeated} more than once; rename them")
+
+
+def _spelling(name: str) -> str:
+    """Spell a name as its prompt does: case, hyphens and underscores make no difference."""
+    return " ".join(name.replace("-", " ").replace("_", " ").split()).casefold()
 
 
 def _check_unseen(unseen: tuple[int, ...], num_classes: int) -> None:

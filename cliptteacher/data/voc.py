@@ -26,9 +26,9 @@ from .benchmark import (
     encode,
     forbid,
     label_table,
-    read_indices,
     read_names,
 )
+from .images import read_indices
 from .matlab import read_matlab_array
 
 CLASS_NAMES = (
