@@ -231,7 +231,7 @@ FRAMEWORK = [
     ("auxiliary weight dropped", "config.auxiliary_weight * torch.stack(terms)", "torch.stack(terms)", {"tests": ("students",), "select": "auxiliary"}),
     ("temperature not passed on", "config.bank_size, config.temperature)", "config.bank_size)", {"select": "reaches"}),
     ("own pair count on each rank", "pair_count=mean_over_processes(pairs)", "pair_count=pairs", TWO_PROCESSES),
-    ("similarity not passed on", "config.logit_scale, config.similarity)", "config.logit_scale)", {"select": "every_option"}),
+    ("similarity not passed on", "config.logit_scale, config.similarity)", "config.logit_scale)", {"select": "cosine"}),
     ("parts not passed on", "tokens, parts))", "tokens))", {"select": "parts"}),
     ("an adapter without gradient", "config if self.uses_adapter else replace", "config if True else replace", {"select": "every_trainable"}),
     ("tokens of inference mode", "cls=teacher.cls.clone()", "cls=teacher.cls", ONE_PROCESS),

@@ -103,6 +103,17 @@ def test_cross_entropy_of_seen_pixels_is_weighted() -> None:
     torch.testing.assert_close(model(images, labels)["ce"], expected)
 
 
+def test_cosine_similarity_scores_features_of_unit_length() -> None:
+    images, labels = batch()
+    model = build(similarity="cosine", logit_scale=7.0)
+    features = model.segmenter(images.float() / 255)
+    unit = features / features.norm(dim=1, keepdim=True)
+    terms = nel(7 * torch.einsum("bchw,kc->bkhw", unit, model.seen_text), labels[:, 2::4, 2::4])
+    losses = model(images, labels)
+    torch.testing.assert_close(losses["focal"], terms.focal)
+    torch.testing.assert_close(losses["dice"], terms.dice)
+
+
 def test_windows_have_cls_tokens_and_banks_of_their_own() -> None:
     """Cut by hand, window by window; L_global is the mean over the sizes of windows."""
     images, labels = batch()
