@@ -79,8 +79,8 @@ GLM = [
     ("size 0 keeps nothing", "self.size = max(1, size)", "self.size = size", {"select": "size_0"}),
     ("bank keeps the graph", "    @torch.no_grad()\n    def insert", "    def insert", {"select": "graph"}),
     ("empty rows count", "clamp_(max=rows)", "clamp_(min=rows)", ONE_PROCESS),
-    ("rows of the run before kept", "self.tokens.new_zeros(stored.shape)\n            self._rows_fixed = False", "self.tokens.new_zeros(stored.shape)\n            self._rows_fixed = True", {"select": "loaded"}),
-    ("shape of the stored bank not taken", "self.tokens = self.tokens.new_zeros(stored.shape)", "pass", {"select": "round_trip"}),
+    ("rows of the run before kept", "torch.zeros_like(stored, device=self.tokens.device)\n            self._rows_fixed = False", "torch.zeros_like(stored, device=self.tokens.device)\n            self._rows_fixed = True", {"select": "loaded"}),
+    ("shape of the stored bank not taken", "self.tokens = torch.zeros_like(stored, device=self.tokens.device)", "pass", {"select": "round_trip"}),
     ("a larger batch does not enlarge", " or rows > len(self.tokens):", ":", {"select": "larger or varying"}),
     ("a smaller batch shrinks", "or rows > len(self.tokens):", "or rows != len(self.tokens):", {"select": "larger or varying"}),
     ("enlarging drops what was held", "torch.cat((held, cls.new_zeros", "torch.cat((0 * held, cls.new_zeros", {"select": "larger or varying"}),
@@ -561,7 +561,7 @@ SPLITS = [
     ("unseen names leak", "self.class_names = split.seen_names", "self.class_names = split.names"),
     ("labels not hidden", "return image, self._lookup.index_select(0, label.flatten().int()).view_as(label)", "return image, label"),
     ("unseen names sorted", "return tuple(self.names[index] for index in self.unseen)", "return tuple(self.names[index] for index in sorted(self.unseen))"),
-    ("256 classes allowed", "MAX_CLASSES = 255", "MAX_CLASSES = 256"),
+    ("256 classes allowed", "MAX_CLASSES = IGNORE_INDEX", "MAX_CLASSES = 256"),
 ]
 
 RISE = {"select": "schedule or warm_up"}

@@ -198,11 +198,13 @@ def test_a_full_disk_under_torch_save(tmp_path: Path) -> None:
 def test_json_with_a_byte_order_mark(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf" + json.dumps({"a": [1]}).encode())
     assert read_json(tmp_path / "a.json") == {"a": [1]}
+    (tmp_path / "a.json").write_bytes(json.dumps({"a": [1]}).encode("utf-16"))
+    assert read_json(tmp_path / "a.json") == {"a": [1]}
 
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"{", b'{"a": \xff}', b"[" * 200_000, b'{"a":' * 100_000, b"9" * 5000, b"\xff\xfe{\0}\0"],
+    [b"", b"{", b'{"a": \xff}', b"[" * 200_000, b'{"a":' * 100_000, b"9" * 5000, b"\xff\xfe{\0}"],
 )
 def test_damaged_json_names_the_file(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_bytes(content)
