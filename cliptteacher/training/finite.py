@@ -36,7 +36,7 @@ class FiniteCheck:
         self.scaled = scaled
         self._names: list[str] = []
         self._bad = torch.zeros(0, dtype=torch.bool, device=device)
-        self._step = torch.full((), -1, dtype=torch.int64, device=device)
+        self._first = torch.zeros((), dtype=torch.int64, device=device)  # 1 + step; 0: none yet
         self._terms = self._bad
 
     def add(self, losses: Mapping[str, Tensor]) -> None:
@@ -54,21 +54,21 @@ class FiniteCheck:
         """
         bad_norm = ~norm.isfinite() & (not self.scaled)
         terms = torch.cat((self._bad, bad_norm.view(1)))
-        first = terms.any() & (self._step < 0)
-        self._step = torch.where(first, step, self._step)
+        first = terms.any() & (self._first == 0)
+        self._first = torch.where(first, step + 1, self._first)
         self._terms = torch.where(first, terms, self._terms) if len(self._terms) else terms
         self._bad = torch.zeros_like(self._bad)
 
     def check(self) -> NonFiniteStep | None:
         """Read the note; all processes must call it, and get the same answer."""
-        own = torch.cat((self._step.view(1), self._terms.long()))
+        own = torch.cat((self._first.view(1), self._terms.long()))
         rows = [row.tolist() for row in gather_from_processes(own, own.device)]
-        steps = [row[0] for row in rows if row[0] >= 0]
-        if not steps:
+        first = min((row[0] for row in rows if row[0] > 0), default=0)
+        if first == 0:
             return None
-        bad = {rank: self._name_terms(row) for rank, row in enumerate(rows) if row[0] == min(steps)}
+        bad = {rank: self._name_terms(row) for rank, row in enumerate(rows) if row[0] == first}
         # The gradients are averaged: where a loss was the reason, its process is the one to name.
-        return NonFiniteStep(min(steps), {r: t for r, t in bad.items() if t != [GRADIENT]} or bad)
+        return NonFiniteStep(first - 1, {r: t for r, t in bad.items() if t != [GRADIENT]} or bad)
 
     def _name_terms(self, row: list[int]) -> list[str]:
         found = [name for name, bad in zip(self._names, row[1:], strict=True) if bad]
