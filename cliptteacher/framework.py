@@ -82,8 +82,10 @@ class CLIPTeacher(nn.Module):
         config: CLIPTeacherConfig | None = None,
     ) -> None:
         super().__init__()
-        if not seen_names:
-            raise ValueError("`seen_names` must name at least one class, got none")
+        if isinstance(seen_names, str) or not seen_names:
+            raise ValueError(
+                f"`seen_names` must be a list of at least one class name, got {seen_names!r}"
+            )
         self.config = config = config or CLIPTeacherConfig()
         if not config.glm_windows or min(config.glm_windows) < 1:
             raise ValueError(

@@ -20,8 +20,9 @@ Cost: K-Means 2 * iterations * B N K C, logits B h w C (S + B * slots) multiply-
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -209,6 +210,14 @@ class PLMConfig:
     over_processes: bool = False  # prototypes, VLA keys and CE over the images of all processes
     adapter: Adapter = "decoder"  # Table 5: decoder, mlp, identity
     generate_loss: GenerateLoss = "mse"  # Eq. (8), or "bce" of the paper's second version
+
+    def __post_init__(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            if get_origin(hint) is Literal and value not in get_args(hint):
+                raise ValueError(f"`{name}` must be one of {get_args(hint)}, got {value!r}")
+            if hint in (int, float) and not 0 <= value < math.inf:
+                raise ValueError(f"`{name}` must be a finite number of at least 0, got {value}")
 
 
 class PixelLearningModule(nn.Module):

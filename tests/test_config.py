@@ -155,6 +155,36 @@ def test_counts_below_one(name: str) -> None:
         TrainConfig(**{name: 0})
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("learning_rate", -1.0), ("weight_decay", -0.1), ("warmup", -1), ("workers", -1)),
+        *(("clip_gradient", -1.0), ("resize", (0, 0)), ("eval_resize", (64, 0))),
+        ("ratio", (0.0, 2.0)),
+    ],
+)
+def test_numbers_out_of_range(name: str, value: Any) -> None:
+    with pytest.raises(
+        ValueError, match=f"`{name}` must (be at least 0|hold numbers above 0), got"
+    ):
+        TrainConfig(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("ce", "al"), ("adapter", "none"), ("similarity", "cosin"), ("seeding", "grids")),
+        *(("focal_weight", -1.0), ("ce_weight", float("nan")), ("logit_scale", float("inf"))),
+        ("kmeans_iterations", -1),
+    ],
+)
+def test_options_of_the_method_are_checked(name: str, value: Any) -> None:
+    with pytest.raises(
+        ValueError, match=f"`{name}` must be (one of|a finite number of at least 0)"
+    ):
+        CLIPTeacherConfig(**{name: value})
+
+
 def test_a_folder_needs_a_root() -> None:
     with pytest.raises(ValueError, match="`root` must name the folder"):
         TrainConfig(data="folder")

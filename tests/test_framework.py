@@ -464,7 +464,7 @@ def test_twenty_steps_lower_the_loss() -> None:
 
 
 def test_no_seen_name() -> None:
-    with pytest.raises(ValueError, match="at least one class, got none"):
+    with pytest.raises(ValueError, match="at least one class name, got"):
         CLIPTeacher(tiny_clip(), tiny_student(), [])
 
 

@@ -69,6 +69,13 @@ class TrainConfig:
         for name in (*positive, "accumulate", "eval_size_divisor"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}")
+        not_negative = ("seed", "eval_interval", "workers", "learning_rate", "head_multiplier")
+        for name in (*not_negative, "weight_decay", "warmup", "clip_gradient"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` must be at least 0, got {getattr(self, name)}")
+        for name in ("resize", "eval_resize", "ratio"):
+            if min(getattr(self, name) or (1,)) <= 0:
+                raise ValueError(f"`{name}` must hold numbers above 0, got {getattr(self, name)}")
         if self.data != "miniworld" and self.root is None:
             raise ValueError(
                 f"`root` must name the folder of the data set for data={self.data}, got none"
