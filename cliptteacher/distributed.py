@@ -133,7 +133,9 @@ def gather_rows(values: Tensor) -> tuple[Tensor, int]:
         return values.detach(), 0
     B = values.shape[0]
     gathered = values.new_empty(dist.get_world_size() * B, *values.shape[1:])
-    dist.all_gather_into_tensor(gathered, values.detach().contiguous())
+    # Its new name, and the one that versions before have alone.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(gathered, values.detach().contiguous())
     return gathered, dist.get_rank() * B
 
 
