@@ -270,7 +270,7 @@ DISTRIBUTED = [
     ("gathered rows keep the graph", "return values.detach(), 0", "return values, 0", {"select": "alone"}),
     ("sum instead of mean", "return values / dist.get_world_size()", "return values", {"tests": ("framework",), **TWO_PROCESSES}),
     ("mean of this process", "    dist.all_reduce(values)\n    return values / dist", "    return values / dist", {"tests": ("framework",), **TWO_PROCESSES}),
-    ("rows of rank 0 alone", "dist.all_gather_into_tensor(gathered, values.detach().contiguous())", "dist.all_gather_into_tensor(gathered, 0 * values.detach().contiguous())", TWO_PROCESSES),
+    ("rows of rank 0 alone", "gather(gathered, values.detach().contiguous())", "dist.all_gather_into_tensor(gathered, 0 * values.detach().contiguous())", TWO_PROCESSES),
 ]
 
 SLIDING = [
