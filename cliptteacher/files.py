@@ -28,7 +28,7 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any, BinaryIO
 
-Progress = Callable[[str, int, int], None]  # what, done, total (0: unknown)
+OnProgress = Callable[[str, int, int], None]  # what, done, total (0: unknown)
 StrPath = str | os.PathLike[str]
 
 logger = logging.getLogger(__name__)
@@ -162,7 +162,7 @@ def download(
     megabytes: int = 0,
     attempts: int = 1,
     wait: float = 2.0,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> Path:
     """Return a complete local copy of a published file; download what is missing of it.
 
@@ -224,7 +224,7 @@ def _try_all(
     megabytes: int,
     attempts: int,
     wait: float,
-    progress: Progress | None,
+    progress: OnProgress | None,
 ) -> str:
     """Complete the partial file; returns the address that gave the last byte."""
     failures: list[str] = []
@@ -258,7 +258,7 @@ def _is_final(error: Exception) -> bool:
     return gone or isinstance(error, _AnotherFileError)
 
 
-def _append(url: str, partial: Path, megabytes: int, progress: Progress) -> None:
+def _append(url: str, partial: Path, megabytes: int, progress: OnProgress) -> None:
     """Download what a partial file still lacks."""
     have = partial.stat().st_size if partial.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
@@ -292,7 +292,7 @@ def _append(url: str, partial: Path, megabytes: int, progress: Progress) -> None
             raise OSError(f"the connection closed after {have} of {total} bytes")
 
 
-def _log_tenths() -> Progress:
+def _log_tenths() -> OnProgress:
     logged = [0]
 
     def log(name: str, done: int, total: int) -> None:

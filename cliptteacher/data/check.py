@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from ..files import Progress, read_text
+from ..files import OnProgress, read_text
 from .benchmark import Benchmark
 from .folder import FolderDataset, composed, image_suffixes
 from .parallel import parallel_map
@@ -34,7 +34,9 @@ class Report:
     counts: dict[str, int] = field(default_factory=dict)  # images of each split
 
 
-def check_folder(root: str | Path, *, workers: int = 1, progress: Progress | None = None) -> Report:
+def check_folder(
+    root: str | Path, *, workers: int = 1, progress: OnProgress | None = None
+) -> Report:
     """Check a data set of one's own.
 
     Args:
@@ -67,7 +69,7 @@ def check_benchmark(
     root: str | Path,
     *,
     workers: int = 1,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> Report:
     """Check a benchmark that `prepare_benchmark` has written, or say what it would have to fetch.
 
@@ -175,7 +177,7 @@ def _read_pairs(
     datasets: dict[str, FolderDataset],
     report: Report,
     workers: int,
-    progress: Progress | None,
+    progress: OnProgress | None,
 ) -> None:
     """Read every pair of every split, in parallel."""
     tasks: list[tuple[str, range]] = []

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from .. import IGNORE_INDEX
-from ..files import Progress, download, read_json, write_json, write_text, write_whole
+from ..files import OnProgress, download, read_json, write_json, write_text, write_whole
 from .benchmark import Archive, Benchmark, Item
 from .images import orientation, turned
 from .parallel import parallel_map
@@ -43,7 +43,7 @@ def prepare_benchmark(
     workers: int = 1,
     attempts: int = 5,
     delete_archives: bool = False,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> None:
     """Download and convert a benchmark; what an earlier run has done is not done again.
 
@@ -136,7 +136,7 @@ def _fetch(
     mirror: str | None,
     attempts: int,
     delete: bool,
-    progress: Progress | None,
+    progress: OnProgress | None,
 ) -> None:
     urls = [*([f"{mirror.rstrip('/')}/{archive.file}"] if mirror else []), *archive.urls]
     target = root / archive.yields
@@ -205,7 +205,7 @@ def _convert_labels(
     items: Sequence[Item],
     folder: Path,
     workers: int,
-    progress: Progress | None,
+    progress: OnProgress | None,
 ) -> None:
     folder.mkdir(exist_ok=True)
     for unfinished in folder.glob(".*"):  # of a process that was killed

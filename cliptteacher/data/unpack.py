@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple
 
-from ..files import Progress
+from ..files import OnProgress
 
 
 class _Member(NamedTuple):
@@ -28,7 +28,7 @@ class _Member(NamedTuple):
     content: IO[bytes] | None
 
 
-def unpack(archive: Path, inside: str, target: Path, *, progress: Progress | None = None) -> Path:
+def unpack(archive: Path, inside: str, target: Path, *, progress: OnProgress | None = None) -> Path:
     """Unpack one folder of an archive, whole or not at all.
 
     Args:
