@@ -216,8 +216,9 @@ class PLMConfig:
             value = getattr(self, name)
             if get_origin(hint) is Literal and value not in get_args(hint):
                 raise ValueError(f"`{name}` must be one of {get_args(hint)}, got {value!r}")
-            if hint in (int, float) and not 0 <= value < math.inf:
-                raise ValueError(f"`{name}` must be a finite number of at least 0, got {value}")
+            low = -1 if name == "fusion_threshold" else 0  # a cosine
+            if hint in (int, float) and not low <= value < math.inf:
+                raise ValueError(f"`{name}` must be a finite number, at least {low}, got {value}")
 
 
 class PixelLearningModule(nn.Module):
