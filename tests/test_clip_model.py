@@ -355,3 +355,13 @@ def test_names_and_shapes_of_vit_b_16_are_openai_s() -> None:
     assert len(found) == 302
     assert sum(p.numel() for p in clip.parameters()) == 149_620_737
     assert CLIPConfig.from_state_dict(clip.state_dict()) == clip.config
+
+
+def test_names_of_a_wrapped_model_are_openai_s() -> None:
+    config = CLIPConfig(
+        embed_dim=16, image_size=16, patch_size=8, vision_width=64, vision_layers=1,
+        text_width=64, text_layers=1,
+    )  # fmt: skip
+    state = CLIP(config).state_dict()
+    wrapped = {f"_orig_mod.module.{name}": value for name, value in state.items()}
+    assert to_openai_names(wrapped).keys() == state.keys()
