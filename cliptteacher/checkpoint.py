@@ -16,7 +16,6 @@ asks for the newest checkpoint of a run gets the one before it, with a warning. 
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import re
@@ -29,14 +28,13 @@ from typing import Any, BinaryIO, cast
 import torch
 from torch import Tensor, nn
 
-from .files import file_digest, flush_folder, write_text, write_whole
+from .files import FULL_DISK, file_digest, flush_folder, write_text, write_whole
 from .logits import Similarity
 
 FORMAT = "cliptteacher-checkpoint-2"
 KEEP = 2  # newest checkpoints that stay: the newest may turn out damaged
 SUMS = "SHA256SUMS"
 _NAME = re.compile(r"step_(\d{8})\.pt")
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def save_checkpoint(content: dict[str, Any], folder: str | Path) -> Path:
@@ -59,8 +57,15 @@ def save_checkpoint(content: dict[str, Any], folder: str | Path) -> Path:
     path = folder / f"step_{content['step']:08d}.pt"
     try:
         _write_whole({"format": FORMAT, **content}, path)
-    except (OSError, RuntimeError) as error:  # torch's writer turns one into the other
-        raise _explain(error, path) from error
+    except OSError as error:
+        if error.errno not in FULL_DISK:
+            raise
+        free = shutil.disk_usage(folder).free
+        raise OSError(
+            error.errno,
+            f"no room for the checkpoint {path} ({os.strerror(error.errno)}; {free / 2**20:.0f} "
+            "MiB free); the older ones are intact: make room and start again with --resume",
+        ) from error
     _point_last_to(path)
     flush_folder(folder)
     for old in list_checkpoints(folder)[:-KEEP]:
@@ -274,21 +279,6 @@ def _read_sums(folder: Path) -> list[tuple[str, str]]:
     text = file.read_text(errors="replace") if file.is_file() else ""
     pairs = (line.split(maxsplit=1) for line in text.splitlines())
     return [(pair[0], pair[1].lstrip("*")) for pair in pairs if len(pair) == 2]
-
-
-def _explain(error: Exception, path: Path) -> Exception:
-    """Say in one sentence that the disk is full, if that is why writing failed."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, OSError):
-        cause = cause.__context__
-    if not isinstance(cause, OSError) or cause.errno not in _FULL:
-        return error
-    free = shutil.disk_usage(path.parent).free
-    return OSError(
-        cause.errno,
-        f"no room for the checkpoint {path} ({os.strerror(cause.errno)}; {free / 2**20:.0f} MiB "
-        "free); the older ones are intact: make room and start again with --resume",
-    )
 
 
 def _point_last_to(path: Path) -> None:

@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TypeVar
 
+from . import IGNORE_INDEX
 from .files import read_text
 
-MAX_WORDS = 255  # an index map has one byte a pixel, and 255 means "ignore"
+MAX_WORDS = IGNORE_INDEX  # an index map has one byte a pixel, and 255 means "ignore"
 
 Number = TypeVar("Number", int, float)
 

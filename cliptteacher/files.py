@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 _CHUNK = 1 << 20
 _TIMEOUT_SECONDS = 60
 _NUMBERS = itertools.count()  # two threads may write the same file
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -236,7 +236,7 @@ def _try_all(
                 _append(url, partial, megabytes, progress or _log_tenths())
                 return url
             except (OSError, HTTPException) as error:
-                if isinstance(error, OSError) and error.errno in (*_FULL, *_FORBIDDEN):
+                if isinstance(error, OSError) and error.errno in (*FULL_DISK, *_FORBIDDEN):
                     raise _explain(error, partial) from error  # ours, not the server's
                 failures.append(f"{url}: {error}")
                 if _is_final(error):
@@ -366,7 +366,7 @@ def _cause_of(error: BaseException | None, ours: Sequence[Path]) -> OSError | No
 def _explain(error: OSError, path: Path) -> OSError:
     """Say in one sentence which file cannot be written, why, and what to do."""
     code = error.errno or 0
-    if code in _FULL:
+    if code in FULL_DISK:
         folder = next(folder for folder in path.absolute().parents if folder.is_dir())
         free = shutil.disk_usage(folder).free / 2**20
         advice = f"{free:.0f} MiB are free, make room and run again"

@@ -100,12 +100,16 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace, process: Process) -> None:
     """Evaluate, print and save."""
-    trained = clip_alone(args) if args.clip_only else load_segmenter(args.checkpoint)
-    dataset = open_split(args, trained)
-    student = trained.with_words(dataset.class_names, args.clip)
+    trained = None if args.clip_only else load_segmenter(args.checkpoint)
+    config = trained.checkpoint.get("config", {}) if trained else {}
+    dataset = open_split(args, config)
+    if trained is None:
+        student = clip_alone(args, dataset)
+    else:
+        student = trained.with_words(dataset.class_names, args.clip)
     # A student that has seen all classes is the upper bound of the data set's own unseen ones.
     groups = student.unseen or dataset.unseen
-    settings = inference_settings(args, trained)
+    settings = inference_settings(args, config)
     gamma, sweep = choose_gamma(args, student, groups, settings, process)
     if process.is_main:
         print_plan(args, student, dataset, gamma)
@@ -167,28 +171,25 @@ def choose_gamma(
     return float(best["gamma"]), sweep
 
 
-def clip_alone(args: argparse.Namespace) -> TrainedSegmenter:
+def clip_alone(args: argparse.Namespace, dataset: SegmentationDataset) -> TrainedSegmenter:
     """Let the dense tokens of a CLIP take the place of a student's features."""
     if args.clip is None:
         raise ValueError("--clip-only needs a CLIP, got none; name one with --clip")
-    args.data = args.data or ("folder" if args.root else "miniworld")
-    dataset = open_dataset(args.data, args.root, args.split)
     alone = clip_segmenter(load_clip(args.clip), dataset.class_names, args.templates)
     return replace(alone, unseen=tuple(dataset.unseen))
 
 
-def open_split(args: argparse.Namespace, trained: TrainedSegmenter) -> SegmentationDataset:
+def open_split(args: argparse.Namespace, config: dict[str, Any]) -> SegmentationDataset:
     """Open the data set that was asked for; what was not said is as in training."""
-    config = trained.checkpoint.get("config", {})
     args.data = args.data or ("folder" if args.root else config.get("data", "miniworld"))
     if args.data != "miniworld" and args.root is None:
         args.root = config.get("root")
     return open_dataset(args.data, args.root, args.split)
 
 
-def inference_settings(args: argparse.Namespace, trained: TrainedSegmenter) -> dict[str, Any]:
+def inference_settings(args: argparse.Namespace, config: dict[str, Any]) -> dict[str, Any]:
     """Collect the arguments of the predictor that are asked for; the others are as in training."""
-    window = args.window or trained.checkpoint.get("config", {}).get("crop", 512)
+    window = args.window or config.get("crop", 512)
     settings = {"mode": args.mode, "window": window, "stride": args.stride or window * 5 // 6 or 1}
     if args.resize:
         settings["resize"] = tuple(args.resize)

@@ -252,14 +252,14 @@ def test_heads_that_do_not_divide_the_width(saved: Saved) -> None:
 
 
 def test_sizes_of_openai_need_no_settings() -> None:
-    from cliptteacher.clip.weights import _OPENAI_SIZES
+    from cliptteacher.clip.model import OPENAI_SIZES
 
-    known = [(c.vision_width, c.patch_size, c.image_size, c.heads) for c in _OPENAI_SIZES]
+    known = [(c.vision_width, c.patch_size, c.image_size, c.heads) for c in OPENAI_SIZES.values()]
     assert known == [
         *((768, 16, 224, (12, 8)), (768, 32, 224, (12, 8))),
         *((1024, 14, 224, (16, 12)), (1024, 14, 336, (16, 12))),
     ]
-    assert [(c.embed_dim, c.vision_layers, c.text_layers) for c in _OPENAI_SIZES] == [
+    assert [(c.embed_dim, c.vision_layers, c.text_layers) for c in OPENAI_SIZES.values()] == [
         *((512, 12, 12), (512, 12, 12), (768, 24, 12), (768, 24, 12)),
     ]
 
@@ -271,7 +271,7 @@ def test_weights_of_an_openai_size_are_loaded_without_a_warning(
     torch.save(clip.state_dict(), tmp_path / "a.pt")
     with pytest.warns(UserWarning, match="of sizes that no CLIP of OpenAI has"):
         load_clip(tmp_path / "a.pt")
-    monkeypatch.setattr("cliptteacher.clip.weights._OPENAI_SIZES", (clip.config,))
+    monkeypatch.setattr("cliptteacher.clip.weights.OPENAI_SIZES", {"known": clip.config})
     assert load_quietly(tmp_path / "a.pt").config == clip.config
 
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, cast
 
 import torch
@@ -147,6 +147,18 @@ def _count_blocks(state_dict: Mapping[str, Tensor], prefix: str) -> int:
     if len(blocks) > _MAX_BLOCKS:
         raise ValueError(f"a CLIP must have at most {_MAX_BLOCKS} blocks, got {len(blocks)}")
     return len(blocks)
+
+
+_LARGE = CLIPConfig(
+    embed_dim=768, patch_size=14, vision_width=1024, vision_layers=24, text_width=768
+)
+# OpenAI's four; all were trained with QuickGELU and heads of 64 channels.
+OPENAI_SIZES = {
+    "ViT-B/16": CLIPConfig(),
+    "ViT-B/32": CLIPConfig(patch_size=32),
+    "ViT-L/14": _LARGE,
+    "ViT-L/14@336px": replace(_LARGE, image_size=336),
+}
 
 
 class QuickGELU(nn.Module):

@@ -19,7 +19,6 @@ import json
 import os
 import warnings
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast, get_args
 
@@ -38,7 +37,7 @@ from ..tensors import (
 from .archive import is_torchscript, read_torchscript
 from .convert import to_openai_names
 from .download import OPENAI_WEIGHTS, download_weights
-from .model import CLIP, IMAGE_MEAN, IMAGE_STD, Activation, CLIPConfig
+from .model import CLIP, IMAGE_MEAN, IMAGE_STD, OPENAI_SIZES, Activation, CLIPConfig
 from .settings import Settings, read_settings
 
 _FORMAT = "cliptteacher-clip-1"
@@ -50,16 +49,6 @@ _FILES_IN_A_FOLDER = (
 )
 _TOKENS = "token_embedding"
 _MAX_TABLE = 1 << 28  # numbers of a token embedding; OpenAI's largest has 38 million
-# The sizes of OpenAI's four. All of them were trained with QuickGELU and heads of 64 channels.
-_VIT_L_14 = CLIPConfig(
-    embed_dim=768, patch_size=14, vision_width=1024, vision_layers=24, text_width=768
-)
-_OPENAI_SIZES = (
-    CLIPConfig(),
-    CLIPConfig(patch_size=32),
-    _VIT_L_14,
-    replace(_VIT_L_14, image_size=336),
-)
 
 Heads = int | tuple[int, int]
 
@@ -245,7 +234,7 @@ def _warn_of_guesses(config: CLIPConfig, asked: Settings, found: Settings, path:
         guessed.append("QuickGELU")
     if asked.vision_heads is None and found.vision_heads is None:
         guessed.append("{} and {} heads (vision and text, 64 channels each)".format(*config.heads))
-    if guessed and _sizes(config) not in [_sizes(known) for known in _OPENAI_SIZES]:
+    if guessed and _sizes(config) not in [_sizes(known) for known in OPENAI_SIZES.values()]:
         warnings.warn(
             f"{path} has weights alone, of sizes that no CLIP of OpenAI has: assumed "
             f"{' and '.join(guessed)}; pass `activation` and `heads`, or put the config.json or "

@@ -57,7 +57,7 @@ def read_image(path: str | Path) -> Tensor:
         raise FileNotFoundError(f"the image {path} does not exist")
     try:
         with Image.open(path) as file:
-            return _as_tensor(_upright(file))
+            return _as_tensor(turned(file, orientation(file)))
     except Image.DecompressionBombError as error:
         found, limit = re.findall(r"\d+", str(error))[:2]
         raise ValueError(
@@ -203,10 +203,6 @@ def turned(image: Image.Image, orientation: int) -> Image.Image:
     kind, image = image.format, image.transpose(turn)
     image.format = kind
     return image
-
-
-def _upright(file: Image.Image) -> Image.Image:
-    return turned(file, orientation(file))
 
 
 def _as_tensor(image: Image.Image) -> Tensor:

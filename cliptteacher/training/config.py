@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+from ..files import read_text
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -165,8 +167,9 @@ def read_json(path: str | Path, classes: Sequence[type], own: Sequence[str] = ()
         raise FileNotFoundError(f"the configuration file {path} does not exist; check --config")
     hints = {**dict.fromkeys(own, str), **_all_field_types(classes)}
     flat: dict[str, Any] = {}
+    text = read_text(path)
     try:
-        data = json.loads(path.read_text(), object_pairs_hook=_Pairs)
+        data = json.loads(text, object_pairs_hook=_Pairs)
         if not isinstance(data, _Pairs):
             raise ValueError(f"must hold a JSON object, got {type(data).__name__}")
         for key, value in _leaves(data, hints):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ..clip import load_clip
-from ..clip.model import CLIP, CLIPConfig
+from ..clip.model import CLIP, OPENAI_SIZES
 from ..clip.prompts import spell_class_name
 from ..data import SeenOnly, open_dataset
 from ..data.catalog import BENCHMARKS
@@ -27,18 +27,6 @@ from .cost import ASSUMED_TFLOPS, COUNTED_FOR, STEP_COSTS, StepCount, count_step
 from .optimizer import parameter_groups
 from .paper_recipes import PAPER_ROWS, ROOTS
 
-_LARGE: dict[str, Any] = {
-    "embed_dim": 768,
-    "patch_size": 14,
-    "vision_width": 1024,
-    "vision_layers": 24,
-}
-CLIP_SIZES = {
-    "ViT-B/16": CLIPConfig(),
-    "ViT-B/32": CLIPConfig(patch_size=32),
-    "ViT-L/14": CLIPConfig(**_LARGE, text_width=768),
-    "ViT-L/14@336px": CLIPConfig(**_LARGE, text_width=768, image_size=336),
-}
 PAPER_GPUS = 8
 
 
@@ -211,7 +199,7 @@ def _count_data(config: TrainConfig) -> tuple[int, int, int]:
 
 def _build_clip(name: str) -> CLIP:
     """Build a published CLIP without its numbers; any other is loaded."""
-    if name not in CLIP_SIZES:
+    if name not in OPENAI_SIZES:
         return load_clip(name)
     with torch.device("meta"):
-        return CLIP(CLIP_SIZES[name])
+        return CLIP(OPENAI_SIZES[name])

@@ -29,7 +29,7 @@ import torch.distributed as dist
 import torchvision
 
 from ..distributed import Process
-from ..files import write_json, write_text
+from ..files import read_json, write_json, write_text
 
 # Settings from outside that change a run, its speed, or where it ran.
 _VARIABLES = (
@@ -78,7 +78,7 @@ def record_start(
     before, known = _read_object(folder / "environment.json"), _read_object(folder / "config.json")
     entry = {**environment, "start": start}
     if before:
-        keys = [key for key in {**known, **config} if known.get(key) != _as_json(config.get(key))]
+        keys = [key for key in {**known, **config} if known.get(key) != as_json(config.get(key))]
         entry["config_changes"] = {key: [known.get(key), config.get(key)] for key in keys}
         entry["earlier"] = [*before.pop("earlier", []), before]
     write_json(config, folder / "config.json")
@@ -167,13 +167,14 @@ def _step_of(line: str) -> int:
 def _read_object(path: Path) -> dict[str, Any]:
     """Read a JSON object; empty if there is none, or none that can be read."""
     try:
-        content = json.loads(path.read_text())
+        content = read_json(path)
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
 
 
-def _as_json(value: Any) -> Any:
+def as_json(value: Any) -> Any:
+    """Return a value as JSON gives it back: tuples become lists."""
     return list(value) if isinstance(value, tuple) else value
 
 

@@ -32,13 +32,13 @@ from ..distributed import (
     share_buffers,
     was_restarted,
 )
-from ..files import write_json
+from ..files import read_json, write_json
 from .config import TrainConfig, config_as_dict
 from .finite import FiniteCheck
 from .interruption import EXIT_CODE, StopSignal
 from .loading import move_batches, name_dead_worker, name_samples
 from .progress import Progress, format_time
-from .records import MetricsLog, default_output, describe_environment, record_start
+from .records import MetricsLog, as_json, default_output, describe_environment, record_start
 
 LAUNCH = "launch.json"  # which torchrun made the directory: a restarted attempt goes on there
 # Fields that a resumed run may change; they take effect. Any other would make it another run.
@@ -245,7 +245,7 @@ class TrainingRun:
             if name not in _MAY_CHANGE
         ]
         for name, before, after in pairs:
-            if _as_list(before) != _as_list(after):
+            if as_json(before) != as_json(after):
                 self._exit(
                     f"error: {self.output} was begun with {name} = {before} and cannot go on with "
                     f"{after}; keep it, or start another run with --output"
@@ -295,10 +295,6 @@ class TrainingRun:
             print(line, flush=True)
 
 
-def _as_list(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
-
-
 def _choose_output(recipe: str, config: TrainConfig, process: Process) -> Path:
     """The run directory, the same on all processes; a used one is an error unless it resumes."""
     output, problem = from_main(_make_output(recipe, config) if process.is_main else (Path(), ""))
@@ -321,7 +317,7 @@ def _make_output(recipe: str, config: TrainConfig) -> tuple[Path, str]:
 def _find_launched(folder: Path, recipe: str) -> Path | None:
     """The newest run directory that an earlier attempt of this torchrun made."""
     files = folder.glob(f"{recipe}-*/{LAUNCH}")
-    own = [f.parent for f in files if json.loads(f.read_text())["launch"] == launch_id()]
+    own = [f.parent for f in files if read_json(f)["launch"] == launch_id()]
     return max(own, default=None)  # names end in the date
 
 
