@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
     given = {name: getattr(args, name) for name in ("data", "root", "clip") if getattr(args, name)}
     recipe = get_recipe(args.data)
     config, base = resolve_config((TrainConfig, CLIPTeacherConfig), (recipe, given))
-    clip = load_clip(config.clip)
+    clip = load_clip(config.clip, activation=config.clip_activation, heads=config.clip_heads)
     dataset = open_dataset(config.data, config.root, args.split)
     with torch.inference_mode():
         batches = list(

@@ -28,7 +28,7 @@ from typing import Any, BinaryIO, cast
 import torch
 from torch import Tensor, nn
 
-from .files import FULL_DISK, file_digest, flush_folder, write_text, write_whole
+from .files import FULL_DISK, file_digest, flush_folder, make_folder, write_text, write_whole
 from .logits import Similarity
 
 FORMAT = "cliptteacher-checkpoint-2"
@@ -50,8 +50,7 @@ def save_checkpoint(content: dict[str, Any], folder: str | Path) -> Path:
     Raises:
         OSError: the file could not be written; the older checkpoints are as they were.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_folder(folder)
     for rubbish in folder.glob("*.tmp*"):  # of a process that was killed while writing
         rubbish.unlink()
     path = folder / f"step_{content['step']:08d}.pt"
@@ -86,6 +85,8 @@ def student_content(
     size_divisor: int = 1,
     templates: str = "single",
     clip: str | None = None,
+    clip_activation: str | None = None,
+    clip_heads: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """Collect what a checkpoint holds of a student: weights, words and settings of inference.
 
@@ -97,6 +98,7 @@ def student_content(
         gamma, logit_scale, similarity, resize, size_divisor: see ``inference.Predictor``.
         templates: prompts of the text features, for other words.
         clip: name or path of the teacher, for other words.
+        clip_activation, clip_heads: of the teacher, where its files may not say them.
 
     Raises:
         ValueError: names and text features are not equally many.
@@ -122,6 +124,8 @@ def student_content(
         "size_divisor": size_divisor,
         "templates": templates,
         "clip": clip,
+        "clip_activation": clip_activation,
+        "clip_heads": None if clip_heads is None else list(clip_heads),
     }
 
 

@@ -13,7 +13,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from . import IGNORE_INDEX
 from .files import read_text
@@ -43,6 +43,25 @@ def number(
         raise argparse.ArgumentTypeError(f"must be {range_}, got {text!r}")
 
     return parse
+
+
+def add_clip_flags(parser: argparse.ArgumentParser, purpose: str) -> None:
+    """Add ``--clip`` and what its files may not say, with the names of `train.py`.
+
+    Args:
+        parser: of the program.
+        purpose: what the CLIP is for.
+    """
+    add = parser.add_argument
+    add("--clip", help=f"name or path of the CLIP, {purpose}")
+    silent = "where neither its files nor the checkpoint say it"
+    add("--clip-activation", choices=("quick_gelu", "gelu"), help=silent)
+    add("--clip-heads", type=number(int, 1), nargs="+", metavar="N", help=f"{silent}: vision, text")
+
+
+def clip_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments of `load_clip` that `add_clip_flags` has parsed, without the source."""
+    return {"activation": args.clip_activation, "heads": tuple(args.clip_heads or ()) or None}
 
 
 @contextmanager

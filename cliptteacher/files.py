@@ -26,7 +26,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 OnProgress = Callable[[str, int, int], None]  # what, done, total (0: unknown)
 StrPath = str | os.PathLike[str]
@@ -75,7 +75,7 @@ def write_whole(path: StrPath, *, flush: bool = True) -> Iterator[BinaryIO]:
     """
     path = Path(path)
     temporary = path.parent / f".{path.name[:50]}.tmp{os.getpid()}-{next(_NUMBERS)}"
-    try:
+    with _explained(path, temporary):
         if path.exists() and not path.is_file():  # a folder is refused by the system
             with path.open("wb") as file:
                 yield file
@@ -93,11 +93,19 @@ def write_whole(path: StrPath, *, flush: bool = True) -> Iterator[BinaryIO]:
         finally:
             with contextlib.suppress(OSError):  # it is gone after the rename, or was never made
                 temporary.unlink()
-    except (OSError, RuntimeError) as error:  # torch.save turns the first into the second
-        cause = _cause_of(error, (path, temporary, *path.parents))
-        if cause is None:
-            raise
-        raise _explain(cause, path) from error
+
+
+def make_folder(path: StrPath) -> Path:
+    """Make a folder and those above it, where they are missing; raises as `write_whole` does."""
+    with _explained(Path(path)):
+        Path(path).mkdir(parents=True, exist_ok=True)
+    return Path(path)
+
+
+def open_for_writing(path: StrPath) -> TextIO:
+    """Open a text file to append lines; raises as `write_whole` does."""
+    with _explained(Path(path)):
+        return Path(path).open("a", encoding="utf-8")
 
 
 def write_text(text: str, path: StrPath, *, flush: bool = True) -> None:
@@ -191,7 +199,7 @@ def download(
     path = Path(path)
     if _is_good(path, digest, algorithm):  # needs no lock, so a read-only cache will do
         return path
-    try:
+    with _explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(path.with_name(f".{path.name}.lock")):
             if not _is_good(path, digest, algorithm):  # another process may have been faster
@@ -200,11 +208,6 @@ def download(
                 url = _try_all(addresses, path, partial, megabytes, attempts, wait, progress)
                 _verify(partial, digest, algorithm, url)
                 partial.replace(path)
-    except OSError as error:
-        cause = _cause_of(error, (path.parent, *path.parent.parents))
-        if cause is None:
-            raise
-        raise _explain(cause, path) from error
     return path
 
 
@@ -361,6 +364,18 @@ def _cause_of(error: BaseException | None, ours: Sequence[Path]) -> OSError | No
         return None
     named = error.filename
     return error if named is None or (isinstance(named, str) and Path(named) in ours) else None
+
+
+@contextlib.contextmanager
+def _explained(path: Path, *others: Path) -> Iterator[None]:
+    """Raise the system's error about `path`, a folder above it or `others` as a sentence."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch.save turns the first into the second
+        cause = _cause_of(error, (path, *path.parents, *others))
+        if cause is None:
+            raise
+        raise _explain(cause, path) from error
 
 
 def _explain(error: OSError, path: Path) -> OSError:

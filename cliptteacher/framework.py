@@ -137,13 +137,11 @@ class CLIPTeacher(nn.Module):
             ``auxiliary``, with ``distill_weight`` ``distill``, and the sum of all, ``total``.
 
         Raises:
-            ValueError: images and labels differ in size, or the student's width is not C.
+            ValueError: images and labels differ in size, a label is no seen class, or the
+                student's width is not C. On CUDA, where nothing may wait for the values of the
+                labels, a wrong one stops the device with the same sentence.
         """
-        if labels.shape != (images.shape[0], *images.shape[2:]):
-            raise ValueError(
-                f"`labels` (B, H, W) must fit `images` (B, 3, H, W), got {tuple(labels.shape)} for "
-                f"{tuple(images.shape)}; crop both alike"
-            )
+        self._check_labels(images, labels)
         config = self.config
         pixels = images.float() / 255 if images.dtype == torch.uint8 else images
         auxiliary: Tensor | None = None
@@ -185,6 +183,25 @@ class CLIPTeacher(nn.Module):
             losses["distill"] = config.distill_weight * distill_loss(features, teacher.dense)
         losses["total"] = torch.stack(tuple(losses.values())).sum()
         return losses
+
+    def _check_labels(self, images: Tensor, labels: Tensor) -> None:
+        """Refuse labels that would be taken for pseudo labels, or point behind the last class."""
+        if labels.shape != (images.shape[0], *images.shape[2:]):
+            raise ValueError(
+                f"`labels` (B, H, W) must fit `images` (B, 3, H, W), got {tuple(labels.shape)} for "
+                f"{tuple(images.shape)}; crop both alike"
+            )
+        S = len(self.seen_names)
+        need = f"`labels` must hold integers 0..{S - 1}, or {IGNORE_INDEX} for no label"
+        if labels.is_floating_point() or labels.dtype == torch.bool:
+            raise ValueError(f"{need}, got {labels.dtype}")
+        known = ((labels >= 0) & (labels < S)) | (labels == IGNORE_INDEX)
+        right = known.all()
+        try:  # on CUDA the host goes on; Apple's devices have no such check
+            torch._assert_async(right.cpu() if right.device.type == "mps" else right, need)
+        except RuntimeError:
+            wrong = torch.unique(labels[~known])[:8].tolist()
+            raise ValueError(f"{need}, got {wrong}; data.SeenOnly makes such labels") from None
 
     def _global(self, features: Tensor, pixels: Tensor, cls: Tensor, parts: int) -> Tensor:
         """L_global, the mean over the sizes of windows; ``cls`` are the tokens of the images."""

@@ -25,13 +25,15 @@ from torch import Tensor, nn
 
 from .checkpoint import load_checkpoint, save_student, student_content
 from .clip import CLIP, DenseTokens, class_text_features, load_clip
+from .clip.model import Activation
 from .clip.prompts import Templates, spell_class_name, unread_words
+from .clip.weights import Heads
 from .data.images import ImageLike, to_batch, to_image
 from .data.transforms import keep_ratio_size
 from .logits import Similarity, pixel_logits, upsample, upsampled_argmax
 from .segmenters import build_segmenter
 from .segmenters.padding import features_of_multiple
-from .segmenters.student import evaluating
+from .segmenters.student import eval_view
 from .sliding import check_windows, slide
 
 Mode = Literal["whole", "slide"]
@@ -42,6 +44,8 @@ class Predictor(nn.Module):
 
     Args:
         segmenter: student, images (B, 3, H, W) in [0, 1] -> features (B, C, h, w); a submodule.
+            It predicts in eval mode and keeps the mode that it has, so it may be in training, and
+            threads may share a predictor: see `eval_view`.
         text_features: (A, C), one row per class; brought to unit length here.
         unseen: label values of the unseen classes, which get the bonus `gamma`.
         gamma: bonus in logit units; 1.5 in the paper (5 in its ablation without the GLM).
@@ -85,6 +89,7 @@ class Predictor(nn.Module):
         if size_divisor < 1:
             raise ValueError(f"`size_divisor` must be at least 1, got {size_divisor}")
         self.segmenter, self.unseen = segmenter, tuple(unseen)
+        self._eval_view = (eval_view(segmenter),)  # in a tuple: not a submodule
         self.similarity: Similarity = similarity
         self.mode, self.logit_scale = mode, logit_scale
         self.window, self.stride, self.window_batch = window, stride, window_batch
@@ -148,11 +153,10 @@ class Predictor(nn.Module):
         size = keep_ratio_size(H, W, self.resize) if self.resize else (H, W)
         if size != (H, W):
             images = F.interpolate(images, size, mode="bilinear", antialias=True)
-        with evaluating(self.segmenter):
-            return self._slide(images) if self.mode == "slide" else self._whole(images)
+        return self._slide(images) if self.mode == "slide" else self._whole(images)
 
     def _whole(self, images: Tensor) -> Tensor:
-        features = features_of_multiple(self.segmenter, images, self.size_divisor)
+        features = features_of_multiple(self._eval_view[0], images, self.size_divisor)
         logits = pixel_logits(features, self.text_features, self.logit_scale, self.similarity)
         return logits.float() + self.bonus[:, None, None]
 
@@ -221,7 +225,11 @@ class TrainedSegmenter:
         return Predictor(self.segmenter, self.text_features, **arguments)
 
     def with_words(
-        self, words: Sequence[str], clip: CLIP | str | Path | None = None
+        self,
+        words: Sequence[str],
+        clip: CLIP | str | Path | None = None,
+        activation: Activation | None = None,
+        heads: Heads | None = None,
     ) -> TrainedSegmenter:
         """Return the same student for other words than those of its training run.
 
@@ -232,6 +240,7 @@ class TrainedSegmenter:
         Args:
             words: names of the labels 0, 1, ...
             clip: the teacher, its name or its path; by default the one that the checkpoint names.
+            activation, heads: of the teacher, see `load_clip`; by default as in training.
 
         Raises:
             FileNotFoundError: the CLIP is needed and does not exist.
@@ -243,7 +252,7 @@ class TrainedSegmenter:
         if all(key in known for key in keys):
             text = self.text_features[[known[key] for key in keys]]
         else:
-            teacher = self._load_teacher(clip)
+            teacher = self.load_teacher(clip, activation, heads)
             text = class_text_features(teacher, words, self.checkpoint.get("templates", "single"))
             unread = unread_words(teacher, words)
         seen = {key for key, k in known.items() if k not in self.unseen}
@@ -252,13 +261,23 @@ class TrainedSegmenter:
             self, class_names=tuple(words), unseen=unseen, text_features=text, unread=unread
         )
 
-    def _load_teacher(self, clip: CLIP | str | Path | None) -> CLIP:
+    def load_teacher(
+        self,
+        clip: CLIP | str | Path | None = None,
+        activation: Activation | None = None,
+        heads: Heads | None = None,
+    ) -> CLIP:
+        """Load the CLIP that taught the student; arguments and errors as in `with_words`."""
         source = clip or self.checkpoint.get("clip")
+        settings: dict[str, Any] = {
+            "activation": activation or self.checkpoint.get("clip_activation"),
+            "heads": heads or tuple(self.checkpoint.get("clip_heads") or ()) or None,
+        }
         need = "words that the student was not trained with need its teacher"
         if source is None:
             raise ValueError(f"{need}, got none; name it as `clip` (--clip)")
         try:
-            teacher = source if isinstance(source, CLIP) else load_clip(source)
+            teacher = source if isinstance(source, CLIP) else load_clip(source, **settings)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{need}, but {error}; name it as `clip` (--clip)") from error
         width = self.text_features.shape[1]

@@ -30,7 +30,7 @@ from PIL import Image
 from torch import Tensor
 
 from cliptteacher.clip import load_clip
-from cliptteacher.command_line import number, one_sentence_errors
+from cliptteacher.command_line import add_clip_flags, clip_settings, number, one_sentence_errors
 from cliptteacher.data import SegmentationDataset, open_dataset
 from cliptteacher.data.catalog import BENCHMARKS
 from cliptteacher.distributed import DEVICES, Process, start_process, stop_process
@@ -84,7 +84,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--calibrate", metavar="SPLIT", help="choose gamma on this split, by hIoU")
     add("--gammas", type=number(float), nargs="+", default=GAMMAS, help="those to choose from")
     add("--templates", choices=("single", "ensemble"), default="single", help="of --clip-only")
-    add("--clip", help="name or path of the CLIP, for class names that training did not know")
+    add_clip_flags(parser, "for class names that training did not know")
     add("--save-dir", type=Path, help="write NAME.png (class indices) and NAME_overlay.png here")
     add("--json", type=Path, help="write the scores here")
     add(
@@ -106,7 +106,7 @@ def run(args: argparse.Namespace, process: Process) -> None:
     if trained is None:
         student = clip_alone(args, dataset)
     else:
-        student = trained.with_words(dataset.class_names, args.clip)
+        student = trained.with_words(dataset.class_names, args.clip, **clip_settings(args))
     # A student that has seen all classes is the upper bound of the data set's own unseen ones.
     groups = student.unseen or dataset.unseen
     settings = inference_settings(args, config)
@@ -175,7 +175,8 @@ def clip_alone(args: argparse.Namespace, dataset: SegmentationDataset) -> Traine
     """Let the dense tokens of a CLIP take the place of a student's features."""
     if args.clip is None:
         raise ValueError("--clip-only needs a CLIP, got none; name one with --clip")
-    alone = clip_segmenter(load_clip(args.clip), dataset.class_names, args.templates)
+    clip = load_clip(args.clip, **clip_settings(args))
+    alone = clip_segmenter(clip, dataset.class_names, args.templates)
     return replace(alone, unseen=tuple(dataset.unseen))
 
 

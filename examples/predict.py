@@ -25,7 +25,13 @@ from PIL import Image
 from torch import Tensor
 
 from cliptteacher.clip import load_clip
-from cliptteacher.command_line import number, one_sentence_errors, read_words
+from cliptteacher.command_line import (
+    add_clip_flags,
+    clip_settings,
+    number,
+    one_sentence_errors,
+    read_words,
+)
 from cliptteacher.data.images import list_images, read_image, readable_suffixes
 from cliptteacher.distributed import DEVICES, start_process
 from cliptteacher.inference import TrainedSegmenter, clip_segmenter, load_segmenter
@@ -51,7 +57,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--image", type=Path, required=True, help="an image, or a directory of images")
     add("--classes", help="words between commas, or a .txt file; default: those of training")
     add("--output", type=Path, required=True, help="directory to write to")
-    add("--clip", help="name or path of the CLIP, for words that training did not know")
+    add_clip_flags(parser, "for words that training did not know")
     add("--gamma", type=number(float), help="bonus of words without labels in training")
     sides = {"nargs": 2, "metavar": ("LONG", "SHORT"), "type": number(int, 1)}
     add("--resize", **sides, help="default: as in training")
@@ -92,10 +98,12 @@ def make_student(args: argparse.Namespace) -> TrainedSegmenter:
     words = None if args.classes is None else read_words(args.classes)
     if not args.clip_only:
         trained = load_segmenter(args.checkpoint)
-        return trained if words is None else trained.with_words(words, args.clip)
+        if words is None:
+            return trained
+        return trained.with_words(words, args.clip, **clip_settings(args))
     if args.clip is None or words is None:
         raise ValueError("--clip-only needs a CLIP and words; name them with --clip and --classes")
-    return clip_segmenter(load_clip(args.clip), words)
+    return clip_segmenter(load_clip(args.clip, **clip_settings(args)), words)
 
 
 def find_images(source: Path, output: Path) -> list[Path]:

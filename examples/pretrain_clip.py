@@ -38,7 +38,7 @@ from cliptteacher.data.folder import FolderDataset
 from cliptteacher.data.miniworld import MiniWorld, draw_single_class
 from cliptteacher.data.splits import SegmentationDataset
 from cliptteacher.files import write_json
-from cliptteacher.training.records import MetricsLog
+from cliptteacher.training.records import MetricsLog, hold
 
 _FRESH_SEED = (3 << 30) + (1 << 29)  # seeds count 32 bits; no split of miniworld reaches here
 
@@ -304,6 +304,7 @@ def pretrain(args: argparse.Namespace) -> None:
     """Train, save and measure."""
     captions, held_out = open_data(args)
     options = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()}
+    lock = hold(args.output)
     write_json(options, args.output / "config.json")
     clip = build_clip(args)
     vocabulary = CompactVocabulary(clip, captions.class_names)
@@ -319,6 +320,7 @@ def pretrain(args: argparse.Namespace) -> None:
     scores = measure(teacher, held_out, args)
     log.write({"step": iterations, "minutes": minutes, **scores})
     log.close()
+    lock.close()
     for name, value in scores.items():
         print(f"{name}: {100 * value:.1f} %")
     print(f"wrote {args.output / 'clip.pt'} after {iterations} iterations, {minutes:.1f} min")

@@ -84,7 +84,9 @@ def train(
 
     # Teacher and student. CLIP is frozen: the model's parameters are the student's and those of
     # the Vision-Language Adapter.
-    clip = load_clip(config.clip, device)
+    clip = load_clip(
+        config.clip, device, activation=config.clip_activation, heads=config.clip_heads
+    )
     options = {"auxiliary": True} if method.auxiliary_weight > 0 else {}
     student = build_segmenter(
         config.segmenter, clip.embed_dim, config.segmenter_weights, **options
@@ -133,6 +135,11 @@ def train(
         "size_divisor": config.eval_size_divisor,
     }
     words = {"names": dataset.class_names, "text_features": text, "templates": method.templates}
+    teacher = {
+        "clip": config.clip,
+        "clip_activation": clip.config.activation,
+        "clip_heads": clip.config.heads,
+    }
     run = TrainingRun(
         config,
         method,
@@ -141,7 +148,7 @@ def train(
         model=model,
         optimizer=optimizer,
         scaler=scaler,
-        student=partial(student_content, student, clip=config.clip, **words, **settings),
+        student=partial(student_content, student, **words, **teacher, **settings),
         evaluate=partial(score, Predictor(student, text, **settings), config, process),
     )
     start = run.resume()

@@ -26,8 +26,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from cliptteacher import IGNORE_INDEX
-from cliptteacher.clip import CLIP, ImageFeatures, load_clip
-from cliptteacher.command_line import number, one_sentence_errors
+from cliptteacher.clip import CLIP, ImageFeatures
+from cliptteacher.command_line import add_clip_flags, clip_settings, number, one_sentence_errors
 from cliptteacher.data import SegmentationDataset, open_dataset
 from cliptteacher.data.splits import ClassSplit
 from cliptteacher.data.transforms import cut_to_patches
@@ -70,7 +70,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--data", help="default: that of training")
     add("--root", help="folder of the data set; default: that of training")
     add("--split", default="val")
-    add("--clip", help="name or path of the teacher; default: that of training")
+    add_clip_flags(parser, "the teacher; default: that of training")
     add("--images", type=number(int, 1), default=6, help="rows of each figure")
     add("--output", type=Path, required=True, help="folder of the figures")
     return parser.parse_args(argv)
@@ -88,7 +88,7 @@ def draw(args: argparse.Namespace) -> None:
             f"the data set must have the classes of training, {', '.join(trained.class_names)}, "
             f"got {', '.join(dataset.class_names)}; give the --data and --root of training"
         )
-    clip = load_clip(args.clip or trained.checkpoint["clip"])
+    clip = trained.load_teacher(args.clip, **clip_settings(args))
     samples = choose_samples(dataset, args.images, clip.patch_size, trained.settings["resize"])
     pictures = {
         "figure5": attention_figure(samples, trained, clip, dataset.unseen),

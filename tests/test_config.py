@@ -224,7 +224,7 @@ NEEDED = {"data": {"root": "photos"}}  # what a value of a field asks of others
 def other_value(hint: Any, default: Any) -> Any:
     """A value that the type of a field allows and that is not its default."""
     kind = hint
-    if isinstance(hint, types.UnionType):
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
         kind = next(arg for arg in typing.get_args(hint) if arg is not type(None))
     args = typing.get_args(kind)
     if typing.get_origin(kind) is Literal:

@@ -6,7 +6,6 @@ import io
 import json
 import logging
 import os
-import resource
 import stat
 import subprocess
 import sys
@@ -178,17 +177,19 @@ def test_reasons_become_sentences(
 
 def test_a_full_disk_under_torch_save(tmp_path: Path) -> None:
     """A real limit on the size of files, in a process of its own; torch hides the reason."""
-    child = os.fork()
-    if not child:
-        try:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
-            with write_whole(tmp_path / "a.pt") as file:
-                torch.save({"w": torch.zeros(10**6)}, file)
-        except OSError as error:
-            clear = f"{tmp_path / 'a.pt'} cannot be written" in str(error)
-            os._exit(17 if clear and error.errno == errno.EFBIG else 1)
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 17
+    program = """
+import resource, sys, torch
+from cliptteacher.files import write_whole
+resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+try:
+    with write_whole(sys.argv[1]) as file:
+        torch.save({"w": torch.zeros(10**6)}, file)
+except OSError as error:
+    print(error.errno, error)
+"""
+    command = [sys.executable, "-c", program, str(tmp_path / "a.pt")]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert printed.startswith(f"{errno.EFBIG} {tmp_path / 'a.pt'} cannot be written")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -468,6 +468,29 @@ def test_no_seen_name() -> None:
         CLIPTeacher(tiny_clip(), tiny_student(), [])
 
 
+@pytest.mark.parametrize(
+    ("value", "dtype"),
+    [(-1, torch.int64), (len(NAMES), torch.uint8), (200, torch.uint8), (256, torch.int32)],
+)
+@pytest.mark.parametrize("ce", ["all", "seen"])
+def test_a_label_of_no_class_is_refused(value: int, dtype: torch.dtype, ce: str) -> None:
+    """With focal and dice off it would be taken for a pseudo label, or be ignored."""
+    images, labels = batch()
+    labels = labels.to(dtype)
+    labels[1, 3, 4] = value
+    model = build(ce=ce, focal_weight=0, dice_weight=0)
+    message = rf"integers 0\.\.{len(NAMES) - 1}, or 255 for no label, got \[{value}\]"
+    with pytest.raises(ValueError, match=message):
+        model(images, labels)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
+def test_labels_are_integers(dtype: torch.dtype) -> None:
+    images, labels = batch()
+    with pytest.raises(ValueError, match=f"`labels` must hold integers .* got {dtype}"):
+        build()(images, labels.to(dtype))
+
+
 def test_labels_that_do_not_fit_the_images() -> None:
     images, labels = batch()
     with pytest.raises(ValueError, match=r"must fit `images`.*got \(2, 16, 32\).*crop both alike"):

@@ -1,6 +1,9 @@
 """The predictor of section 3.4: by hand, by a per-pixel loop, and its manners."""
 
+from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from itertools import pairwise
+from types import MethodType
 
 import pytest
 import torch
@@ -240,15 +243,61 @@ def test_eval_mode_inside_and_each_mode_restored(text: Tensor) -> None:
     assert not predictor.logits(image).requires_grad
 
 
-def test_modes_are_restored_after_an_error(text: Tensor) -> None:
-    class Broken(Student):
-        def forward(self, images: Tensor) -> Tensor:
-            raise RuntimeError("out of memory")
+def test_a_student_in_training_is_left_alone_by_threads_that_predict(text: Tensor) -> None:
+    """One thread trains, with dropout and BatchNorm; others predict with the same student."""
+    student = Student().train()
+    predictor, images = Predictor(student, text), [picture(3, 12, 8 + k) for k in range(4)]
+    expected = [predictor(image) for image in images]
+    statistics = []
+    for alone in (True, False):
+        student.norm.reset_running_stats()
+        # Predictions depend on the statistics, so their own training is done before.
+        with ThreadPoolExecutor(8) as pool:
+            found = [] if alone else [pool.submit(predictor, image) for image in images * 10]
+            if alone:
+                for image in images * 10:
+                    student(image[None])
+            labels = [future.result() for future in found]
+        statistics.append(deepcopy(dict(student.norm.named_buffers())))
+    assert statistics[1]["num_batches_tracked"] == 0  # forty predictions, no training
+    assert statistics[0]["num_batches_tracked"] == 40
+    assert all(torch.equal(a, b) for a, b in zip(labels, expected * 10, strict=True))
+    assert all(part.training for part in student.modules())
 
-    student = Broken().train()
-    with pytest.raises(RuntimeError, match="out of memory"):
-        Predictor(student, text)(picture(3, 8, 8))
-    assert student.training and student.conv.training
+
+def test_predictions_follow_the_student(text: Tensor) -> None:
+    """The view shares the numbers, whatever replaces them: a step, a move, a loaded state."""
+    student, image = Student().train(), picture(3, 12, 12)
+    predictor = Predictor(student, text)
+    with torch.no_grad():
+        student.conv.weight.mul_(-1.0)
+        student.norm.running_mean = torch.ones(5)  # as `.to` does it
+    fresh = deepcopy(student).eval()
+    assert torch.equal(predictor.logits(image), Predictor(fresh, text).logits(image))
+    student.load_state_dict(Student().state_dict(), assign=True)
+    assert torch.equal(predictor.logits(image), Predictor(Student(), text).logits(image))
+    twin = deepcopy(predictor)
+    assert torch.equal(twin.logits(image), predictor.logits(image))
+    assert list(predictor.state_dict()) == [
+        "text_features", "bonus", *(f"segmenter.{name}" for name in student.state_dict())
+    ]  # fmt: skip
+
+
+def test_networks_of_other_kinds_predict_in_eval_mode(text: Tensor) -> None:
+    image = picture(3, 12, 12)
+    expected = Predictor(Student().eval(), text).logits(image)
+    patched = Student()
+    patched.forward = MethodType(Student.forward, patched)  # type: ignore[method-assign]
+    compiled, wrapped = Student(), torch.compile(Student(), backend="eager")
+    compiled.compile(backend="eager")
+    for student in (patched, compiled, wrapped):
+        assert torch.equal(Predictor(student.train(), text).logits(image), expected)
+        assert student.training
+    plain = nn.Sequential(nn.Conv2d(3, 5, 1), nn.Dropout(0.5))
+    scripted = torch.jit.script(plain.train())
+    assert torch.equal(
+        Predictor(scripted, text).logits(image), Predictor(plain.eval(), text).logits(image)
+    )
 
 
 def test_half_precision_students_work(text: Tensor) -> None:

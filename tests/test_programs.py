@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,7 +22,14 @@ import torch
 from PIL import Image
 
 from cliptteacher.checkpoint import load_checkpoint
-from cliptteacher.clip import CLIP, CLIPConfig, load_clip, save_clip, tokenize
+from cliptteacher.clip import (
+    CLIP,
+    CLIPConfig,
+    class_text_features,
+    load_clip,
+    save_clip,
+    tokenize,
+)
 from cliptteacher.clip.prompts import SINGLE
 from cliptteacher.clip.tokenizer import load_tokenizer
 from cliptteacher.inference import load_segmenter
@@ -274,6 +282,76 @@ def test_a_used_output_is_refused(
 ) -> None:
     with pytest.raises(SystemExit, match="already holds a run; add --resume or choose another"):
         program("train").main(training(space, trained[0]))
+
+
+@pytest.mark.filterwarnings("error:.*has weights alone")
+def test_the_settings_of_a_silent_teacher_are_said_once(
+    space: Path, tmp_path: Path, program: Callable[[str], ModuleType]
+) -> None:
+    """Bare weights say neither GELU nor the heads; the student's checkpoint remembers both."""
+    teacher = CLIP(replace(tiny_clip().config, activation="gelu", vision_heads=4, text_heads=2))
+    torch.save(teacher.state_dict(), tmp_path / "bare.pt")
+    said = ["--clip", str(tmp_path / "bare.pt"), "--clip-activation", "gelu", "--clip-heads"]
+    options = training(space, tmp_path / "run", *said, "4", "2", "--iterations", "2")
+    program("train").main(options)
+    content = load_checkpoint(tmp_path / "run")
+    assert (content["clip_activation"], content["clip_heads"]) == ("gelu", [4, 2])
+    right = class_text_features(teacher.eval(), ["frisbee"])
+    words = load_segmenter(tmp_path / "run").with_words(["frisbee"])
+    torch.testing.assert_close(words.text_features, right)
+    other = load_segmenter(tmp_path / "run").with_words(["frisbee"], activation="quick_gelu")
+    assert not torch.allclose(other.text_features, right, atol=1e-3)
+    with pytest.raises(SystemExit, match=r"--clip-heads = \(4, 2\) and cannot go on with \(2, 2\)"):
+        program("train").main([*training(space, tmp_path / "run", *said, "2", "2", "--resume")])
+    program("evaluate").main(
+        ["--clip-only", *said, "4", "2", "--root", str(space / "data"), "--device", "cpu"]
+    )
+    image = str(space / "data" / "images" / "scene0.png")
+    program("predict").main(
+        [
+            "--clip-only",
+            *said,
+            "4",
+            "2",
+            "--image",
+            image,
+            "--classes",
+            "grass, sky",
+            "--device",
+            "cpu",
+            "--output",
+            str(tmp_path / "out"),
+        ]
+    )
+
+
+def test_two_runs_in_one_directory(
+    space: Path, tmp_path: Path, program: Callable[[str], ModuleType]
+) -> None:
+    """The second of two that were started together ends with a sentence, the first goes on."""
+    held = "from pathlib import Path; from cliptteacher.training.records import hold; import sys; "
+    code = held + f"file = hold(Path({str(tmp_path / 'run')!r})); print(1, flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as first:
+        assert first.stdout is not None and first.stdout.readline() == "1\n"
+        with pytest.raises(SystemExit, match=r"another run is writing to .*run; wait for its end"):
+            program("train").main(training(space, tmp_path / "run"))
+        assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+        first.kill()
+    program("train").main(training(space, tmp_path / "run", "--iterations", "1"))
+
+
+@pytest.mark.parametrize("below", ["", "run"])
+def test_an_output_that_is_a_file(
+    space: Path, tmp_path: Path, program: Callable[[str], ModuleType], below: str
+) -> None:
+    (tmp_path / "taken").write_text("x")
+    with pytest.raises(
+        SystemExit, match=r"taken.* cannot be written \(.*is a file, choose another"
+    ):
+        program("train").main(training(space, tmp_path / "taken" / below))
+    assert (tmp_path / "taken").read_text() == "x"
 
 
 @pytest.mark.parametrize(

@@ -132,3 +132,17 @@ def test_folder_exports_resolve_and_load_nothing_before_use() -> None:
         _ = cliptteacher.data.FolderDatset
     code = "import sys, cliptteacher.data; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(("value", "dtype"), [(5, torch.uint8), (-1, torch.int16)])
+def test_a_label_of_no_class_is_refused(value: int, dtype: torch.dtype) -> None:
+    """It would become 255, as if nobody had labelled the pixel."""
+
+    class Wrong(FiveClasses):
+        def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+            image, label = super().__getitem__(index)
+            return image, label.to(dtype).clamp(max=255).index_fill(0, torch.tensor([1]), value)
+
+    message = rf"the labels of picture-1 must be 0\.\.4 or 255, got \[{value}\]"
+    with pytest.raises(ValueError, match=message):
+        SeenOnly(Wrong())[1]

@@ -50,7 +50,7 @@ _FILES_IN_A_FOLDER = (
 _TOKENS = "token_embedding"
 _MAX_TABLE = 1 << 28  # numbers of a token embedding; OpenAI's largest has 38 million
 
-Heads = int | tuple[int, int]
+Heads = int | tuple[int, ...]
 
 
 class _Weights(NamedTuple):

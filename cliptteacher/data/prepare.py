@@ -25,7 +25,15 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from .. import IGNORE_INDEX
-from ..files import OnProgress, download, read_json, write_json, write_text, write_whole
+from ..files import (
+    OnProgress,
+    download,
+    make_folder,
+    read_json,
+    write_json,
+    write_text,
+    write_whole,
+)
 from .benchmark import Archive, Benchmark, Item
 from .images import orientation, turned
 from .parallel import parallel_map
@@ -62,8 +70,7 @@ def prepare_benchmark(
         ValueError: if an archive, a split or a label is not what was published, or `root` holds
             another data set.
     """
-    root = Path(root)
-    root.mkdir(parents=True, exist_ok=True)
+    root = make_folder(root)
     _refuse_other_data(benchmark, root)
     missing = missing_archives(benchmark, root)
     _check_space(benchmark, root, missing)

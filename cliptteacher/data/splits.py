@@ -130,8 +130,21 @@ class SeenOnly(Dataset[tuple[Tensor, Tensor]]):
         return len(self._dataset)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """Return the image, uint8 (3, H, W), and the labels of its seen classes, uint8 (H, W)."""
+        """Return the image, uint8 (3, H, W), and the labels of its seen classes, uint8 (H, W).
+
+        Raises:
+            ValueError: a label is neither a class nor 255.
+        """
         image, label = self._dataset[index]
+        outside = (label != IGNORE_INDEX) & (
+            (label < 0) | (label >= len(self._dataset.class_names))
+        )
+        if outside.any():
+            raise ValueError(
+                f"the labels of {self.image_name(index)} must be 0.."
+                f"{len(self._dataset.class_names) - 1} or {IGNORE_INDEX}, got "
+                f"{torch.unique(label[outside])[:8].tolist()}"
+            )
         return image, self._lookup.index_select(0, label.flatten().int()).view_as(label)
 
     def image_name(self, index: int) -> str:

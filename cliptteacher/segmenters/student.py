@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
+from types import MethodType
 from typing import TypedDict
 
 import torch
@@ -107,3 +109,36 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part, training in modes:
             part.training = training
+
+
+def eval_view(module: nn.Module) -> nn.Module:
+    """Return a module in eval mode over the tensors of another one, which keeps its modes.
+
+    Switching a module that another thread trains, or predicts with, would reach that thread too:
+    dropout and BatchNorm would change under it. The view has modes of its own; parameters and
+    buffers are the same tensors, also after `.to(device)` or an optimiser's step. It is never
+    compiled.
+
+    Args:
+        module: any network; its submodules must not be replaced afterwards.
+
+    >>> network = nn.Dropout().train()
+    >>> eval_view(network).training, network.training
+    (False, True)
+    """
+    return _view(module, {})
+
+
+def _view(module: nn.Module, views: dict[nn.Module, nn.Module]) -> nn.Module:
+    module = getattr(module, "_orig_mod", module)  # of torch.compile, which would run this one
+    if module not in views:
+        if isinstance(module, torch.jit.ScriptModule):
+            views[module] = deepcopy(module).eval()
+            return views[module]
+        view = views[module] = object.__new__(type(module))
+        for name, value in vars(module).items():
+            own = isinstance(value, MethodType) and value.__self__ is module
+            vars(view)[name] = MethodType(value.__func__, view) if own else value
+        parts = {name: part and _view(part, views) for name, part in module._modules.items()}
+        vars(view).update(training=False, _modules=parts, _compiled_call_impl=None)
+    return views[module]

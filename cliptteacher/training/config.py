@@ -29,6 +29,8 @@ class TrainConfig:
     data: Literal["miniworld", "folder", "voc", "coco_stuff", "pascal_context"] = "miniworld"
     root: str | None = None  # folder of the data set
     clip: str = "ViT-B/16"  # teacher: a name or a path for load_clip
+    clip_activation: Literal["quick_gelu", "gelu"] | None = None  # where no file beside it says so
+    clip_heads: tuple[int, ...] | None = None  # likewise: of vision, or of vision and text
     segmenter: str = "segformer_b0"  # student, see list_segmenters()
     segmenter_weights: str | None = None  # "imagenet", a path, or none
     iterations: int = 20_000

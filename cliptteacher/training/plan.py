@@ -45,7 +45,7 @@ def describe_dry_run(
         ValueError: the student is unknown, or the configuration does not fit.
     """
     seen, unseen, images = _count_data(config)
-    clip = _build_clip(config.clip).to("meta")
+    clip = _build_clip(config).to("meta")
     options: dict[str, Any] = {"auxiliary": True} if method.auxiliary_weight > 0 else {}
     with torch.device("meta"):
         segmenter = build_segmenter(config.segmenter, clip.embed_dim, **options)
@@ -197,9 +197,9 @@ def _count_data(config: TrainConfig) -> tuple[int, int, int]:
     return seen, len(dataset.class_names) - seen, len(dataset)
 
 
-def _build_clip(name: str) -> CLIP:
+def _build_clip(config: TrainConfig) -> CLIP:
     """Build a published CLIP without its numbers; any other is loaded."""
-    if name not in OPENAI_SIZES:
-        return load_clip(name)
+    if config.clip not in OPENAI_SIZES:
+        return load_clip(config.clip, activation=config.clip_activation, heads=config.clip_heads)
     with torch.device("meta"):
-        return CLIP(OPENAI_SIZES[name])
+        return CLIP(OPENAI_SIZES[config.clip])

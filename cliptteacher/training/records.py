@@ -9,6 +9,7 @@ tensorboard/       the same figures as events, if asked for
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -19,8 +20,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy
 import PIL
@@ -29,7 +31,7 @@ import torch.distributed as dist
 import torchvision
 
 from ..distributed import Process
-from ..files import read_json, write_json, write_text
+from ..files import make_folder, open_for_writing, read_json, write_json, write_text
 
 # Settings from outside that change a run, its speed, or where it ran.
 _VARIABLES = (
@@ -39,8 +41,37 @@ _VARIABLES = (
 
 
 def default_output(recipe: str) -> Path:
-    """Name a fresh run directory: ``runs/<recipe>-<date>``."""
-    return Path("runs") / f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
+    """Make a fresh run directory, ``runs/<recipe>-<date>``, with a number if that is taken."""
+    name = f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
+    runs = make_folder("runs")
+    for number in itertools.count(2):
+        with suppress(FileExistsError):  # of a run that was started in the same second
+            (runs / name).mkdir()
+            break
+        name = f"{name.removesuffix(f'-{number - 1}')}-{number}"
+    return runs / name
+
+
+def hold(folder: Path) -> IO[str]:
+    """Hold a run directory until the file that is returned is closed, or the process ends.
+
+    Raises:
+        ValueError: another process holds it.
+        OSError: the directory cannot be written.
+    """
+    file = open_for_writing(make_folder(folder) / ".lock")
+    try:
+        import fcntl
+
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.close()
+        raise ValueError(
+            f"another run is writing to {folder}; wait for its end, or choose another --output"
+        ) from None
+    except (ImportError, OSError):  # Windows, or a file system without locks
+        pass
+    return file
 
 
 def describe_environment(process: Process) -> dict[str, Any]:
@@ -107,7 +138,7 @@ class MetricsLog:
         self._events = _open_events(path.with_name("tensorboard"), step) if tensorboard else None
         lines = path.read_text().splitlines() if path.exists() and step else []
         write_text("".join(line + "\n" for line in lines if _step_of(line) <= step), path)
-        self._file = path.open("a")
+        self._file = open_for_writing(path)
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one row and hand it to the operating system at once; NaN, no JSON, is null."""

@@ -17,7 +17,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,7 @@ from .finite import FiniteCheck
 from .interruption import EXIT_CODE, StopSignal
 from .loading import move_batches, name_dead_worker, name_samples
 from .progress import Progress, format_time
-from .records import MetricsLog, as_json, default_output, describe_environment, record_start
+from .records import MetricsLog, as_json, default_output, describe_environment, hold, record_start
 
 LAUNCH = "launch.json"  # which torchrun made the directory: a restarted attempt goes on there
 # Fields that a resumed run may change; they take effect. Any other would make it another run.
@@ -85,7 +85,8 @@ class TrainingRun:
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
         self.fields = config_as_dict(config, method)
         self.recipe = recipe
-        self.output = _choose_output(recipe, config, process)
+        self._lock: IO[str]  # of the main process, as long as it lives
+        self.output = self._choose_output()
         self._finite = FiniteCheck(process.device, scaled=scaler.is_enabled())
         self._start = 0
         self._log: MetricsLog | None = None
@@ -279,6 +280,33 @@ class TrainingRun:
             "set --clip-gradient"
         )
 
+    def _choose_output(self) -> Path:
+        """Take the run directory, the same on all processes; a used one needs `resume`."""
+        found: Path | str = ""
+        if self.process.is_main:
+            try:
+                found = self._take_output()
+            except (OSError, ValueError) as error:
+                found = str(error)
+        found = from_main(found)
+        if isinstance(found, str):
+            self._exit(found)
+        return found
+
+    def _take_output(self) -> Path:
+        config, restarted = self.config, was_restarted()
+        output = Path(config.output) if config.output else None
+        if output is None and restarted:
+            output = _find_launched(Path("runs"), self.recipe)
+        output = output or default_output(self.recipe)
+        self._lock = hold(output)
+        if (output / "checkpoints").exists() and not (config.resume or restarted):
+            raise ValueError(
+                f"{output} already holds a run; add --resume or choose another --output"
+            )
+        write_json({"launch": launch_id()}, output / LAUNCH)
+        return output
+
     def _leave(self, step: int) -> NoReturn:
         """End all processes after a signal and its checkpoint."""
         self._print(
@@ -293,25 +321,6 @@ class TrainingRun:
     def _print(self, line: str) -> None:
         if self.process.is_main:
             print(line, flush=True)
-
-
-def _choose_output(recipe: str, config: TrainConfig, process: Process) -> Path:
-    """The run directory, the same on all processes; a used one is an error unless it resumes."""
-    output, problem = from_main(_make_output(recipe, config) if process.is_main else (Path(), ""))
-    if problem:
-        raise SystemExit(problem if process.is_main else 1)
-    return output
-
-
-def _make_output(recipe: str, config: TrainConfig) -> tuple[Path, str]:
-    output = Path(config.output) if config.output else default_output(recipe)
-    if was_restarted() and not config.output:
-        output = _find_launched(output.parent, recipe) or output
-    if (output / "checkpoints").exists() and not (config.resume or was_restarted()):
-        return output, f"{output} already holds a run; add --resume or choose another --output"
-    output.mkdir(parents=True, exist_ok=True)
-    write_json({"launch": launch_id()}, output / LAUNCH)
-    return output, ""
 
 
 def _find_launched(folder: Path, recipe: str) -> Path | None:
