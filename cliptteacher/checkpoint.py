@@ -17,19 +17,22 @@ asks for the newest checkpoint of a run gets the one before it, with a warning. 
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
 from .files import FULL_DISK, file_digest, flush_folder, make_folder, write_text, write_whole
 from .logits import Similarity
+from .tensors import check_sizes, read_torch
 
 FORMAT = "cliptteacher-checkpoint-2"
 KEEP = 2  # newest checkpoints that stay: the newest may turn out damaged
@@ -161,45 +164,78 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             f"the checkpoint {path} does not exist; examples/train.py writes it to its --output"
         )
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch's own message advises to run the code inside the file
-        raise ValueError(
-            f"{path} must be a checkpoint of cliptteacher, but it holds more than tensors and "
-            f"plain values or is damaged ({type(error).__name__}); take one that train.py wrote"
-        ) from None
+        content = read_torch(path)
+    except ValueError as error:
+        raise ValueError(f"{path} must be a checkpoint that train.py wrote: {error}") from error
     found = content.get("format") if isinstance(content, dict) else None
-    if found != FORMAT:
-        raise ValueError(f"{path} must be a checkpoint of the format {FORMAT}, got {found!r}")
-    _check_entries(content, path)
-    return cast(dict[str, Any], content)
+    if not isinstance(content, dict) or found != FORMAT:
+        raise ValueError(f"{path} must be a checkpoint of the format {FORMAT}, got {found!r:.60}")
+    wrong = [name for name, good in _ENTRIES.items() if not good(content.get(name, _MISSING))]
+    wrong = wrong or _compare_entries(content, path)
+    if wrong:
+        raise ValueError(
+            f"the entry {wrong[0]!r} of {path} is missing or of the wrong kind; take a checkpoint "
+            "that train.py or save_segmenter wrote"
+        )
+    return content
 
 
-# What every checkpoint holds, whoever wrote it.
-_ENTRIES: dict[str, type | tuple[type, ...]] = {
-    "step": int,
-    "segmenter": dict,
-    "segmenter_name": (str, type(None)),
-    "segmenter_options": dict,
-    "channels": int,
-    "class_names": list,
-    "unseen": list,
-    "text_features": Tensor,
-    "gamma": float,
-    "logit_scale": float,
-    "similarity": str,
-    "resize": list,
-    "size_divisor": int,
+_MISSING = object()
+
+
+def _is_whole(value: object, low: int = 0) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= low
+
+
+def _is_list(value: object, good: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list) and all(map(good, value))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, float) and math.isfinite(value)
+
+
+def _is_matrix(value: object) -> bool:
+    return isinstance(value, Tensor) and value.ndim == 2 and value.is_floating_point()
+
+
+# What every checkpoint holds, whoever wrote it; checked once and here, for every reader.
+_ENTRIES: dict[str, Callable[[Any], bool]] = {
+    "step": _is_whole,
+    "segmenter": lambda v: isinstance(v, dict) and all(isinstance(t, Tensor) for t in v.values()),
+    "segmenter_name": lambda v: v is None or isinstance(v, str),
+    "segmenter_options": lambda v: isinstance(v, dict) and all(isinstance(k, str) for k in v),
+    "channels": _is_whole,
+    "class_names": lambda v: _is_list(v, lambda name: isinstance(name, str) and bool(name.strip())),
+    "unseen": lambda v: _is_list(v, _is_whole),
+    "text_features": _is_matrix,
+    "gamma": _is_number,
+    "logit_scale": _is_number,
+    "similarity": lambda v: v in get_args(Similarity),
+    "resize": lambda v: _is_list(v, partial(_is_whole, low=1)) and len(v) in (0, 2),
+    "size_divisor": partial(_is_whole, low=1),
+    # Of newer ones only.
+    "templates": lambda v: v is _MISSING or v in ("single", "ensemble"),
+    "clip": lambda v: v in (_MISSING, None) or isinstance(v, str),
+    "clip_activation": lambda v: v in (_MISSING, None) or isinstance(v, str),
+    "clip_heads": lambda v: v in (_MISSING, None) or _is_list(v, partial(_is_whole, low=1)),
+    "config": lambda v: v is _MISSING or isinstance(v, dict),
 }
 
 
-def _check_entries(content: dict[str, Any], path: Path) -> None:
-    """Check the entries that every reader relies on, once and here."""
-    wrong = [name for name, kind in _ENTRIES.items() if not isinstance(content.get(name), kind)]
-    if wrong:
-        raise ValueError(
-            f"the entry {wrong[0]!r} of {path} is missing or of the wrong type; take a checkpoint "
-            "that train.py or save_segmenter wrote"
-        )
+def _compare_entries(content: dict[str, Any], path: Path) -> list[str]:
+    """Compare entries with each other, and tensors with the bytes of the file."""
+    names, text = content["class_names"], content["text_features"]
+    check_sizes({**content["segmenter"], "text_features": text}, path)
+    tensors = {"segmenter": content["segmenter"].values(), "text_features": [text]}
+    finite = {name: all(bool(t.isfinite().all()) for t in ts) for name, ts in tensors.items()}
+    agree = {
+        **finite,
+        "class_names": len(names) == len(text) > 0,
+        "channels": content["channels"] == text.shape[1],
+        "unseen": all(index < len(names) for index in content["unseen"]),
+    }
+    return [name for name, good in agree.items() if not good]
 
 
 def newest_checkpoint(folder: str | Path) -> Path | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import csv
 import math
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -80,6 +81,14 @@ def one_sentence_errors(program: str) -> Iterator[None]:
         yield
     except (OSError, ValueError) as error:
         raise SystemExit(f"{program}: error: {error}") from None
+    except RuntimeError as error:
+        if "shared memory" not in str(error):
+            raise
+        free = shutil.disk_usage("/dev/shm").free / 2**20
+        raise SystemExit(
+            f"{program}: error: the processes that read data share /dev/shm, of which {free:.0f} "
+            "MiB are free; make it larger (docker run --shm-size=8g), or use --workers 0"
+        ) from None
 
 
 def read_words(text: str) -> tuple[str, ...]:

@@ -75,7 +75,7 @@ def write_whole(path: StrPath, *, flush: bool = True) -> Iterator[BinaryIO]:
     """
     path = Path(path)
     temporary = path.parent / f".{path.name[:50]}.tmp{os.getpid()}-{next(_NUMBERS)}"
-    with _explained(path, temporary):
+    with explained(path, temporary):
         if path.exists() and not path.is_file():  # a folder is refused by the system
             with path.open("wb") as file:
                 yield file
@@ -97,14 +97,14 @@ def write_whole(path: StrPath, *, flush: bool = True) -> Iterator[BinaryIO]:
 
 def make_folder(path: StrPath) -> Path:
     """Make a folder and those above it, where they are missing; raises as `write_whole` does."""
-    with _explained(Path(path)):
+    with explained(Path(path)):
         Path(path).mkdir(parents=True, exist_ok=True)
     return Path(path)
 
 
 def open_for_writing(path: StrPath) -> TextIO:
     """Open a text file to append lines; raises as `write_whole` does."""
-    with _explained(Path(path)):
+    with explained(Path(path)):
         return Path(path).open("a", encoding="utf-8")
 
 
@@ -199,7 +199,7 @@ def download(
     path = Path(path)
     if _is_good(path, digest, algorithm):  # needs no lock, so a read-only cache will do
         return path
-    with _explained(path):
+    with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(path.with_name(f".{path.name}.lock")):
             if not _is_good(path, digest, algorithm):  # another process may have been faster
@@ -367,8 +367,10 @@ def _cause_of(error: BaseException | None, ours: Sequence[Path]) -> OSError | No
 
 
 @contextlib.contextmanager
-def _explained(path: Path, *others: Path) -> Iterator[None]:
+def explained(path: Path, *others: Path) -> Iterator[None]:
     """Raise the system's error about `path`, a folder above it or `others` as a sentence."""
+    if "\0" in str(path):
+        raise ValueError(f"the name of a file must not hold the character NUL, got {str(path)!r}")
     try:
         yield
     except (OSError, RuntimeError) as error:  # torch.save turns the first into the second

@@ -137,9 +137,9 @@ class CLIPTeacher(nn.Module):
             ``auxiliary``, with ``distill_weight`` ``distill``, and the sum of all, ``total``.
 
         Raises:
-            ValueError: images and labels differ in size, a label is no seen class, or the
-                student's width is not C. On CUDA, where nothing may wait for the values of the
-                labels, a wrong one stops the device with the same sentence.
+            ValueError: images and labels differ in size, images are not in [0, 1], a label is no
+                seen class, or the student's width is not C. On CUDA, where the host does not wait
+                for values, a wrong one stops the device with the same sentence.
         """
         self._check_labels(images, labels)
         config = self.config
@@ -185,7 +185,14 @@ class CLIPTeacher(nn.Module):
         return losses
 
     def _check_labels(self, images: Tensor, labels: Tensor) -> None:
-        """Refuse labels that would be taken for pseudo labels, or point behind the last class."""
+        """Refuse what would train in silence: labels of no class, images that are not in [0, 1]."""
+        for name, value in (("images", images), ("labels", labels)):
+            if not isinstance(value, Tensor):
+                raise ValueError(f"`{name}` must be a tensor, got {type(value).__name__}")
+        if images.ndim != 4 or images.shape[1] != 3 or images.numel() == 0:
+            raise ValueError(f"`images` must have shape (B, 3, H, W), got {tuple(images.shape)}")
+        if images.dtype != torch.uint8 and not images.is_floating_point():
+            raise ValueError(f"`images` must be uint8, or float in [0, 1], got {images.dtype}")
         if labels.shape != (images.shape[0], *images.shape[2:]):
             raise ValueError(
                 f"`labels` (B, H, W) must fit `images` (B, 3, H, W), got {tuple(labels.shape)} for "
@@ -193,15 +200,21 @@ class CLIPTeacher(nn.Module):
             )
         S = len(self.seen_names)
         need = f"`labels` must hold integers 0..{S - 1}, or {IGNORE_INDEX} for no label"
-        if labels.is_floating_point() or labels.dtype == torch.bool:
+        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
             raise ValueError(f"{need}, got {labels.dtype}")
         known = ((labels >= 0) & (labels < S)) | (labels == IGNORE_INDEX)
-        right = known.all()
-        try:  # on CUDA the host goes on; Apple's devices have no such check
-            torch._assert_async(right.cpu() if right.device.type == "mps" else right, need)
-        except RuntimeError:
+        if not _holds(known.all(), need):
             wrong = torch.unique(labels[~known])[:8].tolist()
-            raise ValueError(f"{need}, got {wrong}; data.SeenOnly makes such labels") from None
+            raise ValueError(f"{need}, got {wrong}; data.SeenOnly makes such labels")
+        if images.dtype != torch.uint8:
+            low, high = images.detach().aminmax()
+            # Augmentation may overshoot a little. NaN compares as false.
+            need = "float `images` must lie in [0, 1]"
+            if not _holds((low > -1) & (high < 2), need):
+                raise ValueError(
+                    f"{need}, got {float(low):g} to {float(high):g}; divide by 255, and leave "
+                    "normalisation to the networks"
+                )
 
     def _global(self, features: Tensor, pixels: Tensor, cls: Tensor, parts: int) -> Tensor:
         """L_global, the mean over the sizes of windows; ``cls`` are the tokens of the images."""
@@ -244,6 +257,15 @@ class CLIPTeacher(nn.Module):
         # .to(), .float() and the like reach the teacher too
         self.clip._apply(fn)  # type: ignore[no-untyped-call]
         return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _holds(condition: Tensor, need: str) -> bool:
+    """Whether a condition holds; on CUDA, where nobody waits for it, the device stops if not."""
+    try:  # Apple's devices have no such check
+        torch._assert_async(condition.cpu() if condition.device.type == "mps" else condition, need)
+    except RuntimeError:
+        return False
+    return True
 
 
 def seen_cross_entropy(seen_logits: Tensor, labels: Tensor, over_processes: bool = False) -> Tensor:

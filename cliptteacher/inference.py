@@ -31,12 +31,20 @@ from .clip.weights import Heads
 from .data.images import ImageLike, to_batch, to_image
 from .data.transforms import keep_ratio_size
 from .logits import Similarity, pixel_logits, upsample, upsampled_argmax
+from .options import check_value
 from .segmenters import build_segmenter
 from .segmenters.padding import features_of_multiple
 from .segmenters.student import eval_view
 from .sliding import check_windows, slide
+from .tensors import without_prefixes
 
 Mode = Literal["whole", "slide"]
+_OPTIONS = {
+    **{"unseen": tuple[int, ...], "resize": tuple[int, int] | None},
+    **{"similarity": Similarity, "mode": Mode},
+    **dict.fromkeys(("gamma", "logit_scale"), float),
+    **dict.fromkeys(("window", "stride", "window_batch", "size_divisor"), int),
+}
 
 
 class Predictor(nn.Module):
@@ -60,7 +68,7 @@ class Predictor(nn.Module):
         size_divisor: pad images by reflection to a multiple of this, the student's largest stride.
 
     Raises:
-        ValueError: an argument has another shape or range, or the windows leave gaps.
+        ValueError: an argument has another type, shape or range, or the windows leave gaps.
     """
 
     text_features: Tensor
@@ -83,22 +91,24 @@ class Predictor(nn.Module):
         size_divisor: int = 1,
     ) -> None:
         super().__init__()
-        _check_classes(text_features, unseen)
-        _check_modes(similarity, mode)
+        given = locals()
+        checked = {name: check_value(name, given[name], kind) for name, kind in _OPTIONS.items()}
         check_windows(window, stride, window_batch)
-        if size_divisor < 1:
-            raise ValueError(f"`size_divisor` must be at least 1, got {size_divisor}")
-        self.segmenter, self.unseen = segmenter, tuple(unseen)
-        self._eval_view = (eval_view(segmenter),)  # in a tuple: not a submodule
-        self.similarity: Similarity = similarity
-        self.mode, self.logit_scale = mode, logit_scale
+        sizes = (size_divisor, *(resize or ()))
+        if min(sizes) < 1:
+            raise ValueError(f"`size_divisor` and `resize` must be at least 1, got {sizes}")
+        self.unseen: tuple[int, ...] = checked["unseen"]
+        _check_classes(text_features, self.unseen)
+        self.similarity, self.mode, self.logit_scale = similarity, mode, logit_scale
         self.window, self.stride, self.window_batch = window, stride, window_batch
         self.resize, self.size_divisor = resize, size_divisor
+        self.segmenter = segmenter
+        self._eval_view = (eval_view(segmenter),)  # in a tuple: not a submodule
         text = F.normalize(text_features.detach().float(), dim=1)
         text = text.to(next((p.device for p in segmenter.parameters()), text.device))
         self.register_buffer("text_features", text)
         self.register_buffer("bonus", torch.zeros_like(text[:, 0]))
-        self.bonus[list(unseen)] = gamma
+        self.bonus[list(self.unseen)] = float(gamma)
 
     @torch.no_grad()
     def forward(self, image: Tensor) -> Tensor:
@@ -157,6 +167,9 @@ class Predictor(nn.Module):
 
     def _whole(self, images: Tensor) -> Tensor:
         features = features_of_multiple(self._eval_view[0], images, self.size_divisor)
+        shape, width = tuple(features.shape), self.text_features.shape[1]
+        if len(shape) != 4 or shape[1] != width:
+            raise ValueError(f"the student must give features (B, {width}, h, w), got {shape}")
         logits = pixel_logits(features, self.text_features, self.logit_scale, self.similarity)
         return logits.float() + self.bonus[:, None, None]
 
@@ -217,10 +230,7 @@ class TrainedSegmenter:
         return labels
 
     def predictor(self, **settings: Any) -> Predictor:
-        """Return a `Predictor` of these classes; `settings` replace its arguments.
-
-        For example ``load_segmenter("runs/miniworld").predictor(mode="slide")(image)``.
-        """
+        """Return a `Predictor` of these classes; `settings` replace its arguments."""
         arguments = {"unseen": self.unseen, **self.settings, **settings}
         return Predictor(self.segmenter, self.text_features, **arguments)
 
@@ -319,9 +329,10 @@ def load_segmenter(path: str | Path, segmenter: nn.Module | None = None) -> Trai
     weights, name = content.pop("segmenter"), content["segmenter_name"]
     segmenter = _rebuild(content, path) if segmenter is None else segmenter
     try:
-        segmenter.load_state_dict(weights)
-    except RuntimeError as error:  # torch lists every tensor; the first says enough
-        difference = str(error).splitlines()[1].strip()[:200]
+        wrapped = weights.keys() != segmenter.state_dict().keys()
+        segmenter.load_state_dict(without_prefixes(weights) if wrapped else weights)
+    except (RuntimeError, ValueError) as error:  # torch lists every tensor; the first says enough
+        difference = " ".join(str(error).split("\n")[:2])[:200]
         raise ValueError(
             f"the weights in {path} must fit the segmenter {name!r}, but {difference}; "
             "pass the network they were trained in as `segmenter`"
@@ -362,36 +373,27 @@ def clip_segmenter(
 
 def _rebuild(content: dict[str, Any], path: str | Path) -> nn.Module:
     """Build the student that `build_segmenter` built for training."""
-    name = content["segmenter_name"]
-    if name is None:
-        raise ValueError(
-            f"the student in {path} was not built by build_segmenter; pass the network that it "
-            "was trained in: load_segmenter(path, segmenter=network)"
-        )
-    try:
-        return build_segmenter(name, content["channels"], **content["segmenter_options"])
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"the student in {path} cannot be built again: {error}; pass the network that it was "
-            "trained in: load_segmenter(path, segmenter=network)"
-        ) from error
+    name, cause = content["segmenter_name"], "was not built by build_segmenter"
+    if name is not None:
+        try:
+            return build_segmenter(name, content["channels"], **content["segmenter_options"])
+        except (TypeError, ValueError) as error:
+            cause = f"cannot be built again: {error}"
+    raise ValueError(
+        f"the student in {path} {cause}; pass the network that it was trained in: "
+        "load_segmenter(path, segmenter=network)"
+    )
 
 
 def _check_classes(text_features: Tensor, unseen: Sequence[int]) -> None:
-    if text_features.ndim != 2 or len(text_features) == 0:
-        raise ValueError(
-            f"`text_features` must have shape (A, C) with A >= 1, got {tuple(text_features.shape)}"
-        )
+    shape = tuple(getattr(text_features, "shape", ()))
+    if len(shape) != 2 or 0 in shape:
+        raise ValueError(f"`text_features` must have shape (A, C) with A >= 1, got {shape}")
+    if not text_features.isfinite().all():
+        raise ValueError("`text_features` must be finite, got NaN or infinity; check the teacher")
     outside = [index for index in unseen if not 0 <= index < len(text_features)]
     if outside:
         raise ValueError(
             f"`unseen` must hold label values in 0..{len(text_features) - 1}, got {outside}; "
             "`text_features` needs one row per class, seen and unseen"
         )
-
-
-def _check_modes(similarity: str, mode: str) -> None:
-    if similarity not in ("dot", "cosine"):
-        raise ValueError(f'`similarity` must be "dot" or "cosine", got {similarity!r}')
-    if mode not in ("whole", "slide"):
-        raise ValueError(f'`mode` must be "whole" or "slide", got {mode!r}')

@@ -20,9 +20,8 @@ Cost: K-Means 2 * iterations * B N K C, logits B h w C (S + B * slots) multiply-
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +33,7 @@ from .fusion import fuse_clusters
 from .kmeans import Seeding, masked_kmeans, multiscale_centers
 from .logits import Similarity, pixel_logits
 from .losses import full_precision
+from .options import check_fields, field_types, without_none
 from .vla import Adapter, build_adapter
 
 NO_LABEL = -1  # pixels without any label; pseudo label ids pass 255, so 255 cannot serve
@@ -212,13 +212,11 @@ class PLMConfig:
     generate_loss: GenerateLoss = "mse"  # Eq. (8), or "bce" of the paper's second version
 
     def __post_init__(self) -> None:
-        for name, hint in get_type_hints(type(self)).items():
-            value = getattr(self, name)
-            if get_origin(hint) is Literal and value not in get_args(hint):
-                raise ValueError(f"`{name}` must be one of {get_args(hint)}, got {value!r}")
-            low = -1 if name == "fusion_threshold" else 0  # a cosine
-            if hint in (int, float) and not low <= value < math.inf:
-                raise ValueError(f"`{name}` must be a finite number, at least {low}, got {value}")
+        check_fields(self)
+        for name, hint in field_types(type(self)).items():
+            value, low = getattr(self, name), -1 if name == "fusion_threshold" else 0  # a cosine
+            if without_none(hint) in (int, float) and value is not None and value < low:
+                raise ValueError(f"`{name}` must be at least {low}, got {value}")
 
 
 class PixelLearningModule(nn.Module):

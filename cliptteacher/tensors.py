@@ -140,10 +140,15 @@ def read_weights(path: StrPath, wrappers: tuple[str, ...] = ("state_dict", "mode
     """
     path = Path(path)
     if path.name.endswith(_INDEX):
-        return without_prefixes(_read_shards(path))
-    if is_safetensors(path):
-        return without_prefixes(read_safetensors(path))
-    return without_prefixes(take_tensors(read_torch(path), path, wrappers))
+        tensors = _read_shards(path)
+    elif is_safetensors(path):
+        tensors = read_safetensors(path)
+    else:
+        tensors = take_tensors(read_torch(path), path, wrappers)
+    try:
+        return without_prefixes(tensors)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def read_torch(path: StrPath) -> object:

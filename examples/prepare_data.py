@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from cliptteacher.command_line import number
 from cliptteacher.data.benchmark import Benchmark
 from cliptteacher.data.check import Report, check_benchmark, check_folder
 from cliptteacher.data.coco_stuff import COCO_STUFF
@@ -43,7 +44,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--root", type=Path, required=True, help="folder of the data set")
     add("--check", action="store_true", help="change nothing; say what is missing or wrong")
     add("--mirror", metavar="URL", help="folder with the archives, tried before the official one")
-    add("--workers", type=int, default=os.cpu_count() or 1, help="processes; default: all cores")
+    add(
+        "--workers",
+        type=number(int, 1),
+        default=os.cpu_count() or 1,
+        help="processes; default: all cores",
+    )
     add("--delete-archives", action="store_true", help="delete each archive when it is unpacked")
     args = parser.parse_args(argv)
     if args.kind == "folder" and not args.check:

@@ -15,12 +15,18 @@ IDS = [str(path.relative_to(PACKAGE)) for path in FILES]
 # A room may import those of lower levels, and of its own level what is named beside it.
 LEVELS = {
     **dict.fromkeys(("kmeans", "fusion", "losses", "metrics", "vla", "logits", "sliding"), 0),
-    **dict.fromkeys(("files", "distributed", "command_line", "tensors", "checkpoint"), 0),
+    **dict.fromkeys(
+        ("files", "options", "distributed", "command_line", "tensors", "checkpoint"), 0
+    ),
     **dict.fromkeys(("clip", "segmenters", "data", "glm", "plm"), 1),
     **dict.fromkeys(("framework", "inference", "visualize"), 2),
     **dict.fromkeys(("evaluation", "training"), 3),
 }
-BESIDE = {"tensors": {"files"}, "checkpoint": {"files", "logits"}, "command_line": {"files"}}
+BESIDE = {
+    "tensors": {"files"},
+    "checkpoint": {"files", "logits", "tensors"},
+    "command_line": {"files"},
+}
 ROOT = {"IGNORE_INDEX"}  # what the rooms take from the package itself
 LEAVES = ("kmeans", "fusion", "losses", "metrics", "logits", "sliding")
 PACKAGES = {"torch", "torchvision", "ftfy", "regex", "numpy", "PIL"}

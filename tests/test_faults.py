@@ -281,7 +281,7 @@ def test_a_killed_data_worker_names_its_sample(
     with pytest.raises(
         SystemExit,
         match=r"error: a data worker died while samples \d+ \(image scene2\) were being made; "
-        r"lack of memory is the usual reason, try fewer --workers",
+        r"lack of memory, or of room in /dev/shm, is the usual reason: try fewer --workers",
     ):
         train.main(options(space, tmp_path / "run", "--workers", "1"))
 

@@ -184,7 +184,9 @@ def _paired_files(
     by_name = {composed(file.stem): file for file in files}  # on a tie the earlier suffix wins
     missing = [name for name in names if name not in by_name]
     if missing and Path(missing[0]).suffix.lower() in order and Path(missing[0]).stem in by_name:
-        raise ValueError(f"the split must list names without ending, got {missing[0]}")
+        raise ValueError(
+            f"the split files in {folder.parent} must list names without ending, got {missing[0]}"
+        )
     if missing:
         raise FileNotFoundError(
             f"{folder / missing[0]} ({' or '.join([*order][:3])}) must exist, but {len(missing)} "

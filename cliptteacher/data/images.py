@@ -56,7 +56,8 @@ def read_image(path: str | Path) -> Tensor:
     if not path.is_file():
         raise FileNotFoundError(f"the image {path} does not exist")
     try:
-        with Image.open(path) as file:
+        # Given a name, Pillow maps some files into memory, and garbles those that it turns itself.
+        with path.open("rb") as raw, Image.open(raw) as file:
             return _as_tensor(turned(file, orientation(file)))
     except Image.DecompressionBombError as error:
         found, limit = re.findall(r"\d+", str(error))[:2]
@@ -117,7 +118,7 @@ def to_batch(image: Tensor) -> Tensor:
     Raises:
         ValueError: another shape, type or range.
     """
-    if image.ndim not in (3, 4) or image.shape[-3] != 3:
+    if image.ndim not in (3, 4) or image.shape[-3] != 3 or image.numel() == 0:
         raise ValueError(
             f"`image` must have shape (3, H, W) or (B, 3, H, W), got {tuple(image.shape)}; "
             "channels come before height and width"
@@ -127,13 +128,13 @@ def to_batch(image: Tensor) -> Tensor:
         return images.float() / 255
     if not images.is_floating_point():
         raise ValueError(f"`image` must be uint8, or float in [0, 1], got {images.dtype}")
-    low, high = (float(value) for value in images.aminmax()) if images.numel() else (0.0, 0.0)
+    low, high = (float(value) for value in images.aminmax())
     if not (-1 <= low and high < 2):  # bicubic resizing may overshoot a little; NaN fails too
         raise ValueError(
             f"a float `image` must lie in [0, 1], got {low:g} to {high:g}; divide by 255 and leave "
             "normalisation to the network"
         )
-    return images
+    return images.float()
 
 
 def readable_suffixes() -> frozenset[str]:

@@ -11,12 +11,14 @@ import shutil
 import stat
 import tarfile
 import zipfile
-import zlib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import IO, NamedTuple
+from typing import IO, NamedTuple, TypeVar
 
-from ..files import OnProgress
+from ..files import OnProgress, explained, make_folder
+
+Block = TypeVar("Block")
 
 
 class _Member(NamedTuple):
@@ -44,10 +46,11 @@ def unpack(archive: Path, inside: str, target: Path, *, progress: OnProgress | N
     temporary = target.with_name(f".{target.name}.unpacking")
     if temporary.exists():
         shutil.rmtree(temporary)  # of a run that was interrupted
-    temporary.mkdir(parents=True)
+    make_folder(temporary)
     count = 0
+    members = _members(archive)
     try:
-        for member in _members(archive):
+        while member := _read(members, archive):
             parts = _parts_below(member.name, inside, archive)
             if parts is None or member.is_folder:
                 continue
@@ -56,23 +59,42 @@ def unpack(archive: Path, inside: str, target: Path, *, progress: OnProgress | N
                     f"{archive} must hold files and folders only, got {member.name!r}, a link or "
                     "a device; nothing was unpacked, fetch the archive from its official address"
                 )
-            path = temporary.joinpath(*parts)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("wb") as file:
-                shutil.copyfileobj(member.content, file, 1 << 20)
+            blocks = iter(partial(member.content.read, 1 << 20), b"")
+            _write(temporary.joinpath(*parts), blocks, archive, member.name)
             count += 1
             if progress is not None:
                 progress(archive.name, count, 0)
         if not count:
             raise ValueError(f"{archive} must hold the folder {inside!r}, but it is not in there")
-        os.replace(temporary, target)
-    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise ValueError(
-            f"{archive} must be a whole tar or zip file, got: {error}; delete it and run again"
-        ) from error
+        with explained(target):
+            os.replace(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return target
+
+
+def _read(blocks: Iterator[Block], archive: Path) -> Block | None:
+    """Take the next entry, or the next bytes of one; None at the end."""
+    try:
+        return next(blocks, None)
+    except Exception as error:  # any byte of an archive may be wrong, and leads anywhere
+        raise ValueError(
+            f"{archive} must be a whole tar or zip file, got: {error}; delete it and run again"
+        ) from error
+
+
+def _write(path: Path, blocks: Iterator[bytes], archive: Path, name: str) -> None:
+    try:
+        with explained(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("wb") as file:
+                while block := _read(blocks, archive):
+                    file.write(block)
+    except (FileExistsError, NotADirectoryError, IsADirectoryError):
+        raise ValueError(
+            f"{archive} must not name a folder as a file, got {name!r}; nothing was unpacked, "
+            "fetch the archive from its official address"
+        ) from None
 
 
 def _members(archive: Path) -> Iterator[_Member]:

@@ -11,15 +11,13 @@ import argparse
 import dataclasses
 import difflib
 import json
-import math
-import types
-import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from ..files import read_text
+from ..options import check_fields, check_value, field_types, without_none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +67,7 @@ class TrainConfig:
     dry_run: bool = False  # print the resolved plan and stop
 
     def __post_init__(self) -> None:
+        check_fields(self)
         positive = ("iterations", "batch_size", "crop", "log_interval", "checkpoint_interval")
         for name in (*positive, "accumulate", "eval_size_divisor"):
             if getattr(self, name) < 1:
@@ -100,14 +99,14 @@ def resolve_config(
         ValueError: a key is no field of any class (the nearest is named), or a value has another
             type than its field.
     """
-    hints = _all_field_types(classes)
+    hints = _all_types(classes)
     values: dict[str, Any] = {}
     for layer in overrides:
         for key, value in layer.items():
             name, checked = _check_item(key, value, hints)
             values[name] = checked
     return tuple(
-        cls(**{name: values[name] for name in _field_types(cls) if name in values})
+        cls(**{name: values[name] for name in field_types(cls) if name in values})
         for cls in classes
     )
 
@@ -138,7 +137,7 @@ def parse_arguments(
     for cls in classes:
         group = parser.add_argument_group(cls.__name__)
         defaults = {f.name: f.default for f in dataclasses.fields(cls)}
-        for name, hint in _field_types(cls).items():
+        for name, hint in field_types(cls).items():
             flag = "--" + name.replace("_", "-")
             options = _flag_options(hint)
             options["help"] = f"default: {show_value(defaults[name])}".replace("%", "%%")
@@ -167,7 +166,7 @@ def read_json(path: str | Path, classes: Sequence[type], own: Sequence[str] = ()
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"the configuration file {path} does not exist; check --config")
-    hints = {**dict.fromkeys(own, str), **_all_field_types(classes)}
+    hints = {**dict.fromkeys(own, str), **_all_types(classes)}
     flat: dict[str, Any] = {}
     text = read_text(path)
     try:
@@ -232,7 +231,7 @@ def _check_item(key: str, value: Any, hints: Mapping[str, Any]) -> tuple[str, An
     name = _plain(key)
     if name not in hints:
         raise ValueError(unknown_key(key, list(hints)))
-    return name, _check_value(name, value, hints[name])
+    return name, check_value(name, value, hints[name])
 
 
 def _describe_unknown(word: str, parser: argparse.ArgumentParser) -> str:
@@ -247,24 +246,13 @@ def _plain(key: str) -> str:
     return key.lstrip("-").replace("-", "_")
 
 
-def _all_field_types(classes: Sequence[type]) -> dict[str, Any]:
-    return {name: hint for cls in classes for name, hint in _field_types(cls).items()}
-
-
-def _field_types(cls: type) -> dict[str, Any]:
-    hints = typing.get_type_hints(cls)
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
-
-
-def _without_none(hint: Any) -> Any:
-    if get_origin(hint) in (typing.Union, types.UnionType):
-        return next(arg for arg in get_args(hint) if arg is not type(None))
-    return hint
+def _all_types(classes: Sequence[type]) -> dict[str, Any]:
+    return {name: hint for cls in classes for name, hint in field_types(cls).items()}
 
 
 def _flag_options(hint: Any) -> dict[str, Any]:
     """The argparse options of a field's type; "none" clears an optional field."""
-    kind = _without_none(hint)
+    kind = without_none(hint)
     if kind is bool:
         return {"action": argparse.BooleanOptionalAction}
     if get_origin(kind) is Literal:
@@ -283,28 +271,3 @@ def _or_none(kind: type) -> Callable[[str], Any]:
 
     parse.__name__ = kind.__name__  # argparse says "invalid int value"
     return parse
-
-
-def _check_value(name: str, value: Any, hint: Any) -> Any:
-    """Return the value in the type of its field, or say what must hold."""
-    kind = _without_none(hint)
-    if value is None and kind is not hint:
-        return None
-    if get_origin(kind) is Literal:
-        if value in get_args(kind):
-            return value
-        raise ValueError(f"`{name}` must be one of {', '.join(get_args(kind))}, got {value!r}")
-    if get_origin(kind) is tuple:
-        args = get_args(kind)
-        count = None if args[-1] is Ellipsis else len(args)
-        if isinstance(value, (list, tuple)) and count in (None, len(value)):
-            return tuple(_check_value(name, item, args[0]) for item in value)
-        items = args[0].__name__ if count is None else f"{count} {args[0].__name__}"
-        raise ValueError(f"`{name}` must be a list of {items}, got {value!r}")
-    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        if not math.isfinite(value):
-            raise ValueError(f"`{name}` must be a finite number, got {value}")
-        return float(value)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ValueError(f"`{name}` must be {kind.__name__}, got {value!r}")
-    return value

@@ -91,7 +91,8 @@ def name_dead_worker(loader: DataLoader[Any]) -> Iterator[Any]:
         names = [f"{n} (image {_image_of(samples.stream, n)})" for n in samples.unfinished()]
         raise SystemExit(
             f"error: a data worker died while samples {_shorten(names) or '(none)'} were being "
-            f"made; lack of memory is the usual reason, try fewer --workers"
+            f"made; lack of memory, or of room in /dev/shm, is the usual reason: try fewer "
+            "--workers"
         ) from error
 
 
