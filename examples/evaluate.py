@@ -41,7 +41,7 @@ from cliptteacher.evaluation import (
     scores_as_percent,
     sweep_gamma,
 )
-from cliptteacher.files import write_json
+from cliptteacher.files import check_writable, write_json
 from cliptteacher.inference import TrainedSegmenter, clip_segmenter, load_segmenter
 from cliptteacher.visualize import class_palette, overlay, write_png
 
@@ -100,6 +100,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace, process: Process) -> None:
     """Evaluate, print and save."""
+    if args.json is not None:
+        check_writable(args.json)
     trained = None if args.clip_only else load_segmenter(args.checkpoint)
     config = trained.checkpoint.get("config", {}) if trained else {}
     dataset = open_split(args, config)

@@ -37,6 +37,7 @@ from cliptteacher.data.captions import (
 from cliptteacher.data.folder import FolderDataset
 from cliptteacher.data.miniworld import MiniWorld, draw_single_class
 from cliptteacher.data.splits import SegmentationDataset
+from cliptteacher.distributed import DEVICES, start_process
 from cliptteacher.files import write_json
 from cliptteacher.training.records import MetricsLog, hold
 
@@ -73,7 +74,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--seed", type=number(int, 0), default=0)
     parser.add_argument("--threads", type=number(int, 0), help="CPU threads of torch")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", choices=DEVICES, default="auto")
     parser.add_argument("--log-interval", type=number(int, 1), default=100)
     args = parser.parse_args(argv)
     if args.data == "folder" and args.root is None:
@@ -297,6 +298,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     with one_sentence_errors("pretrain_clip.py"):
+        args.device = str(start_process(args.device).device)
         pretrain(args)
 
 

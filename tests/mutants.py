@@ -262,7 +262,22 @@ LOGITS = [
 
 STUDENT = [
     ("frozen parts trained again", "part.training = training", "part.training = True"),
-    ("no eval mode", "    module.eval()\n", ""),
+    ("no eval mode", "    module.eval()\n", "", {"tests": ("adapt",)}),
+    ("a view in training mode", "training=False, _modules", "training=True, _modules"),
+    ("parts of the view in training mode", "part and _view(part, views)", "part"),
+    ("compiled code of the student runs", ", _compiled_call_impl=None)", ")"),
+    ("a compiled wrapper runs", 'getattr(module, "_orig_mod", module)', "module"),
+    ("methods of the student run", "MethodType(value.__func__, view) if own else value", "value"),
+]
+
+OPTIONS = [
+    ("any choice taken", "if isinstance(value, str) and value in choices:", "if True:"),
+    ("truth taken for a number", "or (kind is not bool and isinstance(value, bool))", ""),
+    ("no number taken", "if kind in _LARGEST and not abs(value) <= _LARGEST[kind]:", "if kind in _LARGEST and abs(value) > _LARGEST[kind]:"),
+    ("any length taken", "and count in (None, len(value))", ""),
+    ("items not looked at", "tuple(check_value(name, item, args[0]) for item in value)", "tuple(value)"),
+    ("numbers of numpy kept", "return kind(value)", "return value"),
+    ("lists kept", "object.__setattr__(config, name, check_value(name, getattr(config, name), hint))", "check_value(name, getattr(config, name), hint)"),
 ]
 
 DISTRIBUTED = [
@@ -290,8 +305,8 @@ INFERENCE = [
     ("default stride", "stride: int = 426,", "stride: int = 512,", DEFAULTS),
     ("size divisor not passed on", "images, self.size_divisor)", "images, 1)"),
     ("default size divisor", "size_divisor: int = 1,", "size_divisor: int = 32,", DEFAULTS),
-    ("bonus subtracted", "self.bonus[list(unseen)] = gamma", "self.bonus[list(unseen)] = -gamma"),
-    ("bonus for all classes", "self.bonus[list(unseen)] = gamma", "self.bonus[:] = gamma"),
+    ("bonus subtracted", "= float(gamma)", "= -float(gamma)"),
+    ("bonus for all classes", "self.bonus[list(self.unseen)] =", "self.bonus[:] ="),
     ("similarity not passed on", "self.logit_scale, self.similarity)", "self.logit_scale)"),
     ("results of inference mode", "    @torch.no_grad()\n    def forward", "    @torch.inference_mode()\n    def forward", {"select": "ordinary"}),
     ("logits of inference mode", "    @torch.no_grad()\n    def logits", "    @torch.inference_mode()\n    def logits", {"select": "ordinary"}),
@@ -454,6 +469,11 @@ FILES = [
     ("a pipe replaced", "if path.exists() and not path.is_file():", "if False:"),
     ("reasons of torch lost", "    while error is not None and not isinstance(error, OSError):\n        error = error.__context__\n", "    error = error if isinstance(error, OSError) else None\n"),
     ("errors about other files taken", "isinstance(named, str) and Path(named) in ours", "True"),
+    ("deep JSON", "except (ValueError, RecursionError)", "except ValueError"),
+    ("byte order mark", '"utf-8-sig"', '"utf-8"'),
+]
+
+DOWNLOAD = [
     ("hash not compared", "if not found.startswith(digest):", "if False:"),
     ("damaged copies taken", "file_digest(path, algorithm).startswith(digest)", "True"),
     ("range ignored by the server", "if response.status != 206:", "if False:"),
@@ -461,8 +481,6 @@ FILES = [
     ("no lock", "fcntl.flock(file, fcntl.LOCK_EX)", "pass"),
     ("size not compared", "if megabytes and not", "if False and not"),
     ("what is gone asked again", "in (403, 404, 410)", "in ()"),
-    ("deep JSON", "except (ValueError, RecursionError)", "except ValueError"),
-    ("byte order mark", '"utf-8-sig"', '"utf-8"'),
 ]
 
 SETTINGS = [
@@ -600,6 +618,7 @@ GROUPS = [
     ("framework.py", ("framework",), FRAMEWORK),
     ("logits.py", ("logits",), LOGITS),
     ("distributed.py", ("glm",), DISTRIBUTED),
+    ("options.py", ("options",), OPTIONS),
     ("inference.py", ("inference",), INFERENCE),
     ("sliding.py", ("inference",), SLIDING),
     ("segmenters/student.py", ("inference",), STUDENT),
@@ -609,6 +628,7 @@ GROUPS = [
     ("clip/convert.py", ("clip_weights", "clip_model"), CONVERT),
     ("clip/archive.py", ("clip_archive",), ARCHIVE),
     ("files.py", ("files",), FILES),
+    ("download.py", ("download",), DOWNLOAD),
     ("tensors.py", ("tensors",), SAFETENSORS),
     ("clip/weights.py", ("clip_weights",), WEIGHTS),
     ("clip/settings.py", ("clip_settings",), SETTINGS),

@@ -16,13 +16,14 @@ IDS = [str(path.relative_to(PACKAGE)) for path in FILES]
 LEVELS = {
     **dict.fromkeys(("kmeans", "fusion", "losses", "metrics", "vla", "logits", "sliding"), 0),
     **dict.fromkeys(
-        ("files", "options", "distributed", "command_line", "tensors", "checkpoint"), 0
+        ("files", "download", "options", "distributed", "command_line", "tensors", "checkpoint"), 0
     ),
     **dict.fromkeys(("clip", "segmenters", "data", "glm", "plm"), 1),
     **dict.fromkeys(("framework", "inference", "visualize"), 2),
     **dict.fromkeys(("evaluation", "training"), 3),
 }
 BESIDE = {
+    "download": {"files"},
     "tensors": {"files"},
     "checkpoint": {"files", "logits", "tensors"},
     "command_line": {"files"},

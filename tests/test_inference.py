@@ -314,12 +314,12 @@ def test_half_precision_students_work(text: Tensor) -> None:
     [
         ({"unseen": [4]}, r"`unseen` must hold label values in 0\.\.3, got \[4\]"),
         ({"unseen": [-1]}, r"got \[-1\]"),
-        ({"mode": "tiled"}, '`mode` must be "whole" or "slide", got \'tiled\''),
-        ({"similarity": "euclid"}, '`similarity` must be "dot" or "cosine", got \'euclid\''),
+        ({"mode": "tiled"}, "`mode` must be one of whole, slide, got 'tiled'"),
+        ({"similarity": "euclid"}, "`similarity` must be one of dot, cosine, got 'euclid'"),
         ({"window": 8, "stride": 9}, r"got stride 9 for windows of 8 pixels"),
         ({"stride": 0}, r"`stride` must lie in 1\.\.window, got stride 0"),
         ({"window_batch": 0}, "`window_batch` must be at least 1, got 0"),
-        ({"size_divisor": 0}, "`size_divisor` must be at least 1, got 0"),
+        ({"size_divisor": 0}, r"`size_divisor` and `resize` must be at least 1, got \(0,\)"),
     ],
 )
 def test_settings_are_checked(text: Tensor, settings: dict[str, int], message: str) -> None:

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from ..files import download
+from ..download import download
 
 
 class PublishedWeights(NamedTuple):

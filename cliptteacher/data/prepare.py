@@ -25,9 +25,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from .. import IGNORE_INDEX
+from ..download import download
 from ..files import (
     OnProgress,
-    download,
     make_folder,
     read_json,
     write_json,

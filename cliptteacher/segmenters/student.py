@@ -132,7 +132,7 @@ def eval_view(module: nn.Module) -> nn.Module:
 def _view(module: nn.Module, views: dict[nn.Module, nn.Module]) -> nn.Module:
     module = getattr(module, "_orig_mod", module)  # of torch.compile, which would run this one
     if module not in views:
-        if isinstance(module, torch.jit.ScriptModule):
+        if type(module).__module__.startswith("torch.jit"):  # its parts are not Python's
             views[module] = deepcopy(module).eval()
             return views[module]
         view = views[module] = object.__new__(type(module))

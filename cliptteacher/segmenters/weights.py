@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..files import download
+from ..download import download
 from ..tensors import read_weights
 
 logger = logging.getLogger(__name__)

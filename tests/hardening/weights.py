@@ -100,7 +100,7 @@ def changed(draw: Draw, state: State) -> tuple[State, bool]:
         case "sparse":
             return {
                 **rest,
-                name: torch.zeros(2**30).to_sparse()
+                name: torch.sparse_coo_tensor([[0]], [1.0], (2**30,))
                 if draw.one(True, False)
                 else tensor.to_sparse(),
             }, False
