@@ -27,6 +27,7 @@ from .distributed import mean_over_processes
 from .glm import GlobalLearningModule, Pooling, split_windows
 from .logits import Similarity, pixel_logits
 from .losses import NELoss, count_pairs, full_precision, nel
+from .options import holds
 from .plm import PixelLearningModule, PLMConfig, count_labelled, resize_nearest
 
 
@@ -203,14 +204,14 @@ class CLIPTeacher(nn.Module):
         if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
             raise ValueError(f"{need}, got {labels.dtype}")
         known = ((labels >= 0) & (labels < S)) | (labels == IGNORE_INDEX)
-        if not _holds(known.all(), need):
+        if not holds(known.all(), need):
             wrong = torch.unique(labels[~known])[:8].tolist()
             raise ValueError(f"{need}, got {wrong}; data.SeenOnly makes such labels")
         if images.dtype != torch.uint8:
             low, high = images.detach().aminmax()
             # Augmentation may overshoot a little. NaN compares as false.
             need = "float `images` must lie in [0, 1]"
-            if not _holds((low > -1) & (high < 2), need):
+            if not holds((low > -1) & (high < 2), need):
                 raise ValueError(
                     f"{need}, got {float(low):g} to {float(high):g}; divide by 255, and leave "
                     "normalisation to the networks"
@@ -257,15 +258,6 @@ class CLIPTeacher(nn.Module):
         # .to(), .float() and the like reach the teacher too
         self.clip._apply(fn)  # type: ignore[no-untyped-call]
         return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
-
-
-def _holds(condition: Tensor, need: str) -> bool:
-    """Whether a condition holds; on CUDA, where nobody waits for it, the device stops if not."""
-    try:  # Apple's devices have no such check
-        torch._assert_async(condition.cpu() if condition.device.type == "mps" else condition, need)
-    except RuntimeError:
-        return False
-    return True
 
 
 def seen_cross_entropy(seen_logits: Tensor, labels: Tensor, over_processes: bool = False) -> Tensor:

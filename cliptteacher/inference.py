@@ -31,7 +31,7 @@ from .clip.weights import Heads
 from .data.images import ImageLike, to_batch, to_image
 from .data.transforms import keep_ratio_size
 from .logits import Similarity, pixel_logits, upsample, upsampled_argmax
-from .options import check_value
+from .options import check_value, holds
 from .segmenters import build_segmenter
 from .segmenters.padding import features_of_multiple
 from .segmenters.student import eval_view
@@ -389,8 +389,9 @@ def _check_classes(text_features: Tensor, unseen: Sequence[int]) -> None:
     shape = tuple(getattr(text_features, "shape", ()))
     if len(shape) != 2 or 0 in shape:
         raise ValueError(f"`text_features` must have shape (A, C) with A >= 1, got {shape}")
-    if not text_features.isfinite().all():
-        raise ValueError("`text_features` must be finite, got NaN or infinity; check the teacher")
+    need = "`text_features` must hold finite numbers"
+    if not holds(text_features.isfinite().all(), need):
+        raise ValueError(f"{need}, got NaN or infinity; check the teacher")
     outside = [index for index in unseen if not 0 <= index < len(text_features)]
     if outside:
         raise ValueError(

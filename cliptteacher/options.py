@@ -14,6 +14,9 @@ import typing
 from numbers import Integral, Real
 from typing import Any, Literal, get_args, get_origin
 
+import torch
+from torch import Tensor
+
 _LARGEST = {float: 3.4e38, int: 2**63 - 1}  # float32 and int64 hold no more
 
 
@@ -67,6 +70,22 @@ def field_types(cls: Any) -> dict[str, Any]:
     """Map the fields of a dataclass to their types."""
     hints = typing.get_type_hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def holds(condition: Tensor, need: str) -> bool:
+    """Whether a condition on the numbers of a tensor holds.
+
+    On CUDA nobody waits for the answer, which is true: the device itself stops if it is not.
+
+    Args:
+        condition: scalar, bool.
+        need: what must hold; the device prints it.
+    """
+    try:  # Apple's devices have no such check
+        torch._assert_async(condition.cpu() if condition.device.type == "mps" else condition, need)
+    except RuntimeError:
+        return False
+    return True
 
 
 def without_none(hint: Any) -> Any:
