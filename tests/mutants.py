@@ -12,13 +12,17 @@ DEFAULTS = {"tests": ("defaults",)}
 TIES = {"tests": ("ties",)}
 
 KMEANS = [
-    ("the farthest centre wins", "similarity.argmax(dim=2)", "similarity.argmin(dim=2)"),
+    ("the farthest centre wins", "(centers @ tokens.mT).max(dim=0)", "(centers @ tokens.mT).min(dim=0)"),
+    ("the farthest centre of the batch wins", "one_hot = (nearest.unsqueeze(2) == clusters)", "one_hot = (nearest.unsqueeze(2) != clusters)"),
+    ("stops at the first iteration", "if torch.equal(assignment, before):", "if not torch.equal(assignment, before):"),
+    ("the CPU takes masked tokens", "points[b, keep].contiguous()", "points[b].contiguous()"),
     ("mask inverted in the assignment", ".masked_fill(~mask, -1)", ".masked_fill(mask, -1)"),
     ("masked tokens not blanked", ".masked_fill(~mask.unsqueeze(2), 0.0)", ""),
-    ("unit length along the wrong axis", "rows.float(), dim=2)", "rows.float(), dim=1)"),
-    ("float64 rounded to float32", "F.normalize(rows if rows.dtype == torch.float64 else rows.float(), dim=2)", "F.normalize(rows.float(), dim=2)"),
-    ("one iteration too many", "for _ in range(iterations):", "for _ in range(iterations + 1):"),
-    ("centres not of unit length", "sums / length.clamp(min=_MIN_NORM), centers", "sums, centers"),
+    ("unit length along the wrong axis", "_full_precision(rows), dim=-1)", "_full_precision(rows), dim=0)"),
+    ("float64 rounded to float32", "return values if values.dtype == torch.float64 else values.float()", "return values.float()"),
+    ("one iteration too many", "for _ in range(iterations):\n        sums", "for _ in range(iterations + 1):\n        sums"),
+    ("one iteration too many of the batch", "for _ in range(iterations):\n        nearest", "for _ in range(iterations + 1):\n        nearest"),
+    ("centres not of unit length", "sums / length, centers", "sums, centers"),
     ("epsilon too large", "_MIN_NORM = 1e-6", "_MIN_NORM = 1.5"),
     ("epsilon of zero", "_MIN_NORM = 1e-6", "_MIN_NORM = 0.0", {"select": "cancel"}),
     ("stride of sliding windows", "max(scale // 2, 1)", "scale // 2 + 1"),
@@ -26,14 +30,13 @@ KMEANS = [
     ("maximum instead of mean", "F.adaptive_avg_pool2d(tokens, scale)", "F.adaptive_max_pool2d(tokens, scale)"),
     ("windows column by column", "windows.flatten(2)", "windows.mT.flatten(2)"),
     ("scales in reverse", "for scale in scales]", "for scale in reversed(scales)]"),
-    ("computed under autocast", "enabled=False):\n        similarity", "enabled=torch.is_autocast_enabled('cpu')):\n        similarity", {"select": "autocast"}),
-    ("sums under autocast", "enabled=False):\n        sums", "enabled=torch.is_autocast_enabled('cpu')):\n        sums", {"select": "full_precision or autocast"}),
-    ("no last assignment with the moved centres", "assignment = assign_clusters(points, centers, mask)\n    counts", "assignment = _assign_units(tokens, _unit_rows(centers.roll(1, 1)), mask)\n    counts"),
+    ("computed under autocast", "enabled=False):\n        if points", "enabled=torch.is_autocast_enabled('cpu')):\n        if points", {"select": "autocast"}),
+    ("no last assignment with the moved centres", "    nearest = torch.bmm(tokens, centers.mT).argmax(dim=2)\n    return", "    nearest = torch.bmm(tokens, centers.roll(1, 1).mT).argmax(dim=2)\n    return"),
     ("zero iterations refused", "if iterations < 0:", "if iterations <= 0:"),
     ("default number of iterations", "iterations: int = 10\n", "iterations: int = 9\n", DEFAULTS),
     ("default scales", "scales: Sequence[int] = (3, 7), seeding", "scales: Sequence[int] = (3, 6), seeding", DEFAULTS),
     ("default seeding", 'seeding: Seeding = "grid"\n', 'seeding: Seeding = "window"\n', DEFAULTS),
-    ("ties go to the last centre", "similarity.argmax(dim=2)", "similarity.flip(2).argmax(dim=2).sub(similarity.shape[2] - 1).neg()"),
+    ("ties go to the last centre", "return (centers @ tokens.mT).max(dim=0).indices", "return len(centers) - 1 - (centers.flip(0) @ tokens.mT).max(dim=0).indices"),
 ]
 
 FUSION = [
