@@ -181,7 +181,7 @@ def _cluster_images(
     centers = centers.clone(memory_format=torch.contiguous_format)  # fast rows to add to
     assignment = mask.long() - 1  # -1 where masked out
     for b, keep in enumerate(mask):
-        tokens = _unit_rows(points[b, keep].contiguous())  # (n, C)
+        tokens = _unit_rows(points[b].index_select(0, keep.nonzero().squeeze(1)))  # (n, C)
         centers[b], assignment[b, keep] = _cluster_tokens(tokens, centers[b], iterations)
     return centers, assignment
 
