@@ -170,9 +170,9 @@ LOSSES = [
     ("sum over the batch", "positives.squeeze(1)).mean()", "positives.squeeze(1)).sum()"),
     ("unit length along the wrong axis", "full_precision(rows), dim=1)", "full_precision(rows), dim=0)"),
     ("computed under autocast", "enabled=False):\n        predicted, target", "enabled=torch.is_autocast_enabled('cpu')):\n        predicted, target", {"select": "autocast"}),
-    ("alpha for 1 - alpha", "return (alpha - 1) *", "return -alpha *"),
-    ("wrong modulating factor", "-alpha * (gamma * F.logsigmoid(-logits)).exp()", "-alpha * (gamma * F.logsigmoid(logits)).exp()"),
-    ("mean over classes", "/ batch.logits.shape[2]", "/ batch.logits.shape[1]"),
+    ("alpha for 1 - alpha", "total = (1 - alpha) * batch", "total = alpha * batch"),
+    ("wrong modulating factor", "alpha * (gamma * log_rest).exp() * log_p", "alpha * (gamma * log_p).exp() * log_p"),
+    ("mean over classes", "total / batch.own.shape[1]", "total / batch.predicted.shape[1]"),
     ("ignored pixels positive", "change.masked_fill(~batch.labelled, 0.0).sum()", "change.sum()"),
     ("dice without smoothing above", "(2 * overlap + 1) /", "(2 * overlap) /"),
     ("dice without smoothing below", "batch.counts + 1)", "batch.counts)"),
@@ -188,7 +188,11 @@ LOSSES = [
     ("default gamma", "gamma: float = 2.0,\n    ignore_index: int = 255,\n    pair_count: Tensor | float | None = None,\n) -> Tensor", "gamma: float = 1.5,\n    ignore_index: int = 255,\n    pair_count: Tensor | float | None = None,\n) -> Tensor", DEFAULTS),
     ("gamma not passed on by nel", "focal_weight * _sum_focal(batch, alpha, gamma)", "focal_weight * _sum_focal(batch, alpha, 2.0)"),
     ("pair count not used by nel", "pairs = _divisor(batch, pair_count)\n    focal", "pairs = _divisor(batch, None)\n    focal"),
-    ("the negative term of the label kept", "batch.own, alpha, gamma) - _focal_negative(batch.own, alpha, gamma)", "batch.own, alpha, gamma)"),
+    ("the negative term of the label kept", "(1 - alpha) * (gamma * log_p).exp() * log_rest - positive", "-positive"),
+    ("gradient of p", "p.mul_(rest), predicted", "p, predicted", {"select": "gradcheck"}),
+    ("gradient of p^gamma left out", ".mul_(rest).mul_(ctx.gamma)", ".mul_(0.0)", {"select": "gradcheck"}),
+    ("gradient of the own logit left out", "gradient.scatter_add_(1, classes.unsqueeze(1), own.unsqueeze(1)), None", "gradient, None", {"select": "gradcheck"}),
+    ("only the last pixels counted", "predicted += p.sum", "predicted = p.sum", {"select": "pieces"}),
 ]
 
 METRICS = [
