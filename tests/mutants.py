@@ -196,8 +196,8 @@ LOSSES = [
 ]
 
 METRICS = [
-    ("matrix transposed", "label * num_classes + pred", "pred * num_classes + label", ONE_PROCESS),
-    ("only ignored pixels", "keep = label != ignore_index", "keep = label == ignore_index", ONE_PROCESS),
+    ("matrix transposed", "label.int() * num_classes + pred.int()", "pred.int() * num_classes + label.int()", ONE_PROCESS),
+    ("only ignored pixels", "drop = label == ignore_index", "drop = label != ignore_index", ONE_PROCESS),
     ("intersection counted twice", "matrix.sum(dim=1) - hits", "matrix.sum(dim=1)", ONE_PROCESS),
     ("recall instead of IoU", "(matrix.sum(dim=0) + matrix.sum(dim=1) - hits)", "matrix.sum(dim=1)", ONE_PROCESS),
     ("float32 scores", "matrix.diagonal().double()\n", "matrix.diagonal().float()\n", ONE_PROCESS),
@@ -215,7 +215,7 @@ METRICS = [
     ("accuracy of the seen classes", "self.matrix.diagonal().sum().double() / self.matrix.sum()", "self.matrix.diagonal()[self.seen].sum().double() / self.matrix[self.seen].sum()", ONE_PROCESS),
     ("a class named twice accepted", "len(set(unseen)) != len(unseen) or", "", ONE_PROCESS),
     ("negative values accepted", "if low < 0 or high", "if high", ONE_PROCESS),
-    ("predictions not checked", '_check_range("pred", pred, num_classes)', "pass", ONE_PROCESS),
+    ("predictions not checked", '_check_range("pred", pred, drop, num_classes)', "pass", ONE_PROCESS),
     ("reset keeps the matrix", "self.matrix = torch.zeros(self.num_classes, self.num_classes, dtype=torch.int64)", "self.matrix = getattr(self, 'matrix', torch.zeros(self.num_classes, self.num_classes, dtype=torch.int64))", ONE_PROCESS),
     ("matrix in 32 bits", "self.num_classes, dtype=torch.int64)", "self.num_classes, dtype=torch.int32)", ONE_PROCESS),
 ]
