@@ -98,13 +98,17 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines.append("|---|---|---|---|---|---|")
     for row in rows:
         (_, ours), *peers = row["values"].items()
-        others = ", ".join(f"{name} {value:.3g}" for name, value in peers)
+        others = "; ".join(f"{name} {short(value)}" for name, value in peers)
         limit = "-" if row["floor"] is None else f"{row['floor'] / ours:.0%}"
         lines.append(
-            f"| {row['row']} | {ours:.3g} {row['unit']} | {others} | {row['ratio']:.2f} "
+            f"| {row['row']} | {short(ours)} {row['unit']} | {others} | {row['ratio']:.2f} "
             f"| {row['goal']:.3g} | {limit} |"
         )
     return "\n".join(lines)
+
+
+def short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 if __name__ == "__main__":
