@@ -218,6 +218,7 @@ def test_records_no_gradient() -> None:
 @pytest.mark.parametrize("K", [58, 981])
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiles_without_graph_breaks(K: int, backend: str) -> None:
+    torch.compiler.reset()  # all functions under no_grad share one limit of compilations
     torch.manual_seed(0)
     centers, valid = torch.randn(2, K, 8) + 0.7, torch.rand(2, K) < 0.8
     compiled = torch.compile(fuse_clusters, fullgraph=True, dynamic=False, backend=backend)
