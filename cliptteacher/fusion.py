@@ -7,11 +7,12 @@ K-Means from many centres leaves many small regions. Like NMS, a greedy scan mer
         if cluster i is valid and not yet taken:
             i leads a new group; it takes every remaining valid j with similar[i, j]
 
-The scan is inherently sequential, but its only state is which clusters are taken, one row of
-B x K booleans; the groups follow from the leaders in one step.
-
-Cost: one product of B*K*K*C multiply-adds, then 2 tiny kernels per cluster; the similarity of
-shape (B, K, K) is the largest tensor. Nothing waits for the device.
+Whether a cluster leads depends on all before it: which clusters come out is the lexicographically
+first maximal independent set of a graph, a problem complete for P (Cook, 1985), so no fixed number
+of matrix steps can be expected to solve it for any K. Two forms give the same result. On the CPU
+images follow one another, with the k valid clusters of each (k*k*C multiply-adds, a row of k*k
+bytes for each leader). Other devices take the whole batch in fixed shapes and wait for nothing:
+B*K*K*C multiply-adds and one tiny kernel per cluster.
 """
 
 import torch
@@ -34,11 +35,16 @@ def pairwise_cosine(centers: Tensor) -> Tensor:
     >>> pairwise_cosine(torch.tensor([[[2.0, 0.0], [0.0, 3.0]]])).tolist()
     [[[1.0, 0.0], [0.0, 1.0]]]
     """
-    rows = centers if centers.dtype == torch.float64 else centers.float()
-    unit = rows / torch.linalg.vector_norm(rows, dim=2, keepdim=True)
+    unit = _unit_rows(centers)
     # Autocast would compute the product in half precision, too coarse for a threshold.
     with torch.autocast(unit.device.type, enabled=False):
         return torch.bmm(unit, unit.mT)
+
+
+def _unit_rows(centers: Tensor) -> Tensor:
+    rows = centers if centers.dtype == torch.float64 else centers.float()
+    length: Tensor = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+    return rows / length
 
 
 @torch.no_grad()
@@ -71,16 +77,60 @@ def fuse_clusters(centers: Tensor, valid: Tensor, threshold: float = 0.8) -> Ten
     [[0, 1, 0]]
     """
     _check_clusters(centers, valid)
-    K = centers.shape[1]
-    # In float64: float32 similarities would round the threshold, and ties on it would change sides.
-    similar = (pairwise_cosine(centers).double() > threshold).triu(1)  # (B, K, K), only i < j
+    if centers.device.type == "cpu":
+        with torch.autocast("cpu", enabled=False):
+            fused: Tensor = _fuse_images(centers, valid, threshold)
+        return fused
+    return _fuse_batch(centers, valid, threshold)
+
+
+# An operator of its own, because torch.compile cannot trace shapes that depend on numbers.
+@torch.library.custom_op("cliptteacher::fuse_images", mutates_args=())
+def _fuse_images(centers: Tensor, valid: Tensor, threshold: float) -> Tensor:
+    """Fuse the valid clusters of one image after another."""
+    group = valid.long() - 1  # -1 where invalid
+    for b, keep in enumerate(valid):
+        unit = _unit_rows(centers[b].index_select(0, keep.nonzero().squeeze(1)))  # (k, C)
+        similar = _exceeds(unit @ unit.mT, threshold).fill_diagonal_(True)  # (k, k)
+        leaders = _find_leaders(similar)
+        if leaders:
+            number = similar[leaders].max(dim=0).indices  # of the first leader that takes it
+            group[b].masked_scatter_(keep, number)
+    return group
+
+
+@_fuse_images.register_fake
+def _describe_groups(centers: Tensor, valid: Tensor, threshold: float) -> Tensor:
+    return valid.long()
+
+
+def _find_leaders(similar: Tensor) -> list[int]:
+    """Scan the clusters of an image; a set of clusters is a number with a byte for each of them."""
+    k, table = len(similar), similar.numpy().tobytes()
+    left = int.from_bytes(b"\1" * k, "little")
+    leaders = []
+    while left:
+        lowest = (left & -left).bit_length() // 8
+        leaders.append(lowest)
+        left &= ~int.from_bytes(table[lowest * k : lowest * k + k], "little")
+    return leaders
+
+
+def _fuse_batch(centers: Tensor, valid: Tensor, threshold: float) -> Tensor:
+    """Fuse the clusters of all images at once, in fixed shapes and without reading a number."""
+    similar = _exceeds(pairwise_cosine(centers), threshold).triu(1)  # (B, K, K), only i < j
     leads: Tensor = _scan_leaders(similar, valid)  # (B, K)
     # A cluster is taken by the first leader at or before it that is similar or the cluster itself.
-    itself = torch.eye(K, dtype=torch.bool, device=similar.device)
+    itself = torch.eye(centers.shape[1], dtype=torch.bool, device=similar.device)
     takes = (similar | itself) & leads.unsqueeze(2)
     leader = takes.to(torch.uint8).argmax(dim=1)  # (B, K), the first maximum
     group = (leads.cumsum(dim=1) - 1).gather(1, leader)
     return group.masked_fill(~valid, -1)
+
+
+def _exceeds(similarity: Tensor, threshold: float) -> Tensor:
+    # In float64: float32 similarities would round the threshold, and ties on it would change sides.
+    return similarity.double() > threshold
 
 
 # An operator of its own, because torch.compile would unroll the loop into K steps and spend
@@ -89,15 +139,19 @@ def fuse_clusters(centers: Tensor, valid: Tensor, threshold: float = 0.8) -> Ten
 def _scan_leaders(similar: Tensor, valid: Tensor) -> Tensor:
     """Find the leaders: the valid clusters that no earlier leader takes.
 
+    A cluster that is free has the number 0.5, one that is taken infinity. Step i adds reach[i] / x
+    to every number, with x that of cluster i: 0 for a dissimilar cluster or a taken i, else the
+    largest float divided by 0.5, which is infinity. Written with booleans a step is two kernels.
+
     Args:
         similar: (B, K, K) bool, strictly upper triangular.
         valid: (B, K) bool.
     """
-    taken = ~valid
-    for i, row in enumerate(similar.unbind(dim=1)):
-        # row > taken is "row and not taken": only a cluster that is not taken can take others.
-        taken = taken | (row > taken[:, i : i + 1])
-    return ~taken
+    reach = similar.float() * torch.finfo(torch.float32).max
+    state = torch.where(valid, 0.5, torch.inf)  # (B, K)
+    for i, row in enumerate(reach.unbind(dim=1)):
+        state = torch.addcdiv(state, row, state[:, i : i + 1])
+    return state == 0.5
 
 
 @_scan_leaders.register_fake

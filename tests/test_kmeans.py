@@ -4,6 +4,7 @@ import doctest
 import itertools
 import math
 import warnings
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,6 +14,15 @@ from torch import Tensor
 
 from cliptteacher import kmeans
 from cliptteacher.kmeans import assign_clusters, masked_kmeans, multiscale_centers
+
+
+@pytest.fixture(scope="module", params=["images one by one", "the batch at once"], autouse=True)
+def form(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run every test with both forms of the algorithm: the CPU's, and that of other devices."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "the batch at once":
+            patch.setattr(kmeans, "_cluster_images", kmeans._cluster_batch)
+        yield request.param
 
 
 def random_problem(
@@ -320,6 +330,7 @@ def test_is_deterministic_and_records_no_gradient() -> None:
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiles_without_graph_breaks(backend: str) -> None:
+    torch.compiler.reset()  # all functions under no_grad share one limit of compilations
     points, centers, mask = random_problem(6)
     centers[:, 2] = 0
     compiled = torch.compile(masked_kmeans, fullgraph=True, backend=backend)(
@@ -329,6 +340,14 @@ def test_compiles_without_graph_breaks(backend: str) -> None:
     assert torch.equal(compiled.assignment, eager.assignment)
     assert torch.equal(compiled.counts, eager.counts)
     torch.testing.assert_close(compiled.centers, eager.centers, rtol=0, atol=1e-14)
+
+
+def test_operator_is_registered_correctly() -> None:
+    points, centers, mask = random_problem(7)
+    unit = kmeans._unit_rows(centers)
+    arguments = (points.mT.contiguous().mT, unit.mT.contiguous().mT, mask, 2)
+    results = torch.library.opcheck(torch.ops.cliptteacher.cluster_images.default, arguments)
+    assert set(results.values()) == {"SUCCESS"}
 
 
 BOOLS = torch.ones(2, 5, dtype=torch.bool)

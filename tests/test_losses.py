@@ -280,6 +280,32 @@ def test_gradcheck(loss: Callable[..., Tensor]) -> None:
     assert torch.autograd.gradcheck(lambda x: loss(x, labels), logits.requires_grad_())
 
 
+def test_pieces_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, labels = random_masks(8)
+    logits.requires_grad_()
+    whole = nel(logits, labels)
+    (expected,) = torch.autograd.grad(whole.focal + whole.dice, logits)
+    monkeypatch.setattr(losses, "_CHUNK", 50)  # 7 of the 30 pixels at a time
+    parts = nel(logits, labels)
+    torch.testing.assert_close(parts, whole)
+    (gradient,) = torch.autograd.grad(parts.focal + parts.dice, logits)
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_focal_and_dice_keep_no_copy_of_the_logits() -> None:
+    logits = torch.randn(1, 8, 64, 64, requires_grad=True)
+    labels, kept = torch.randint(8, (1, 64, 64)), 0
+
+    def keep(tensor: Tensor) -> Tensor:
+        nonlocal kept
+        kept += tensor.numel() * (tensor.untyped_storage().data_ptr() != logits.data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        nel(logits, labels)
+    assert kept < 3 * logits.numel()  # tensors of one number per pixel, an eighth of the logits
+
+
 def test_count_pairs() -> None:
     labels = torch.tensor([[[0, 0], [2, 255]], [[255, 255], [255, 255]], [[1, 1], [1, 0]]])
     count = count_pairs(labels, 3)

@@ -53,7 +53,7 @@ def test_few_mutants_may_survive() -> None:
     assert all(len(mutant.survives.split()) > 8 for mutant in excused)
 
 
-CHANGE = Mutant("fusion.py", "test", "taken = ~valid", "taken = valid", ("fusion",))
+CHANGE = Mutant("fusion.py", "test", "valid.long() - 1", "valid.long() - 2", ("fusion",))
 
 
 @pytest.mark.parametrize(
@@ -61,16 +61,16 @@ CHANGE = Mutant("fusion.py", "test", "taken = ~valid", "taken = valid", ("fusion
     [
         ("no such text", "x", 0),
         ("import torch", "x", 1000),
-        ("taken = ~valid", "taken = ~valid", 1),
+        ("valid.long() - 1", "valid.long() - 1", 1),
     ],
 )
 def test_a_change_that_does_not_apply_is_an_error(
     tmp_path: Path, old: str, new: str, times: int
 ) -> None:
     (tmp_path / "cliptteacher").mkdir()
-    text = "taken = ~valid\n" + "import torch\n" * 1000
+    text = "valid.long() - 1\n" + "import torch\n" * 1000
     (tmp_path / "cliptteacher" / "fusion.py").write_text(text)
-    assert "taken = valid\n" in mutate(CHANGE, tmp_path)
+    assert "valid.long() - 2" in mutate(CHANGE, tmp_path)
     wrong = Mutant("fusion.py", "test", old, new, ("fusion",))
     with pytest.raises(CampaignError, match=f"occurs {times} times; repair tests/mutants.py"):
         mutate(wrong, tmp_path)
@@ -79,7 +79,7 @@ def test_a_change_that_does_not_apply_is_an_error(
 def test_the_copy_is_changed_and_the_tree_is_not() -> None:
     original = (mutation.ROOT / "cliptteacher" / "fusion.py").read_bytes()
     with mutation.copy_of_tree(CHANGE) as root:
-        assert b"taken = valid\n" in (root / "cliptteacher" / "fusion.py").read_bytes()
+        assert b"valid.long() - 2" in (root / "cliptteacher" / "fusion.py").read_bytes()
         assert (root / "tests" / "test_fusion.py").exists()
         assert not list(root.rglob("__pycache__"))
     assert not root.exists()
@@ -87,7 +87,7 @@ def test_the_copy_is_changed_and_the_tree_is_not() -> None:
 
 
 def test_a_result_belongs_to_one_change() -> None:
-    other = Mutant("fusion.py", "test", "taken = ~valid", "taken = valid | valid", ("fusion",))
+    other = Mutant("fusion.py", "test", "valid.long() - 1", "valid.long() - 3", ("fusion",))
     assert fingerprint(CHANGE) == fingerprint(CHANGE) != fingerprint(other)
 
 
@@ -108,8 +108,8 @@ def test_the_report_counts_and_lists() -> None:
 def test_a_small_campaign(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One mutant that a test notices and one that changes nothing; then nothing is left to do."""
     select = "test_by_hand"
-    good = Mutant("fusion.py", "a", "taken = ~valid", "taken = valid", ("fusion",), select)
-    same = Mutant("fusion.py", "b", "taken = ~valid", "taken = ~(valid)", ("fusion",), select)
+    good = Mutant("fusion.py", "a", "valid.long() - 1", "valid.long() - 2", ("fusion",), select)
+    same = Mutant("fusion.py", "b", "valid.long() - 1", "valid.long() - (1)", ("fusion",), select)
     for pending in (2, 0):
         records = mutation.run_campaign([good, same], tmp_path, jobs=1, limit=200)
         assert f"2 mutants, {pending} to run" in capsys.readouterr().out
