@@ -9,10 +9,9 @@ K-Means from many centres leaves many small regions. Like NMS, a greedy scan mer
 
 Whether a cluster leads depends on all before it: which clusters come out is the lexicographically
 first maximal independent set of a graph, a problem complete for P (Cook, 1985), so no fixed number
-of matrix steps can be expected to solve it for any K. Two forms give the same result. On the CPU
-images follow one another, with the k valid clusters of each (k*k*C multiply-adds, a row of k*k
-bytes for each leader). Other devices take the whole batch in fixed shapes and wait for nothing:
-B*K*K*C multiply-adds and one tiny kernel per cluster.
+of matrix steps can be expected to solve it for any K. Cost: B*K*K*C multiply-adds, then a scan: on
+the CPU a row of K bytes for each leader, elsewhere one tiny kernel per cluster. Every shape is
+fixed and nothing waits for the device.
 """
 
 import torch
@@ -77,53 +76,12 @@ def fuse_clusters(centers: Tensor, valid: Tensor, threshold: float = 0.8) -> Ten
     [[0, 1, 0]]
     """
     _check_clusters(centers, valid)
-    if centers.device.type == "cpu":
-        with torch.autocast("cpu", enabled=False):
-            fused: Tensor = _fuse_images(centers, valid, threshold)
-        return fused
-    return _fuse_batch(centers, valid, threshold)
-
-
-# An operator of its own, because torch.compile cannot trace shapes that depend on numbers.
-@torch.library.custom_op("cliptteacher::fuse_images", mutates_args=())
-def _fuse_images(centers: Tensor, valid: Tensor, threshold: float) -> Tensor:
-    """Fuse the valid clusters of one image after another."""
-    group = valid.long() - 1  # -1 where invalid
-    for b, keep in enumerate(valid):
-        unit = _unit_rows(centers[b].index_select(0, keep.nonzero().squeeze(1)))  # (k, C)
-        similar = _exceeds(unit @ unit.mT, threshold).fill_diagonal_(True)  # (k, k)
-        leaders = _find_leaders(similar)
-        if leaders:
-            number = similar[leaders].max(dim=0).indices  # of the first leader that takes it
-            group[b].masked_scatter_(keep, number)
-    return group
-
-
-@_fuse_images.register_fake
-def _describe_groups(centers: Tensor, valid: Tensor, threshold: float) -> Tensor:
-    return valid.long()
-
-
-def _find_leaders(similar: Tensor) -> list[int]:
-    """Scan the clusters of an image; a set of clusters is a number with a byte for each of them."""
-    k, table = len(similar), similar.numpy().tobytes()
-    left = int.from_bytes(b"\1" * k, "little")
-    leaders = []
-    while left:
-        lowest = (left & -left).bit_length() // 8
-        leaders.append(lowest)
-        left &= ~int.from_bytes(table[lowest * k : lowest * k + k], "little")
-    return leaders
-
-
-def _fuse_batch(centers: Tensor, valid: Tensor, threshold: float) -> Tensor:
-    """Fuse the clusters of all images at once, in fixed shapes and without reading a number."""
     similar = _exceeds(pairwise_cosine(centers), threshold).triu(1)  # (B, K, K), only i < j
     leads: Tensor = _scan_leaders(similar, valid)  # (B, K)
     # A cluster is taken by the first leader at or before it that is similar or the cluster itself.
     itself = torch.eye(centers.shape[1], dtype=torch.bool, device=similar.device)
     takes = (similar | itself) & leads.unsqueeze(2)
-    leader = takes.to(torch.uint8).argmax(dim=1)  # (B, K), the first maximum
+    leader = takes.to(torch.uint8).max(dim=1).indices  # (B, K), the first maximum
     group = (leads.cumsum(dim=1) - 1).gather(1, leader)
     return group.masked_fill(~valid, -1)
 
@@ -137,26 +95,47 @@ def _exceeds(similarity: Tensor, threshold: float) -> Tensor:
 # minutes on them; as it is, the compiled graph calls it and fuses what stands around it.
 @torch.library.custom_op("cliptteacher::scan_leaders", mutates_args=())
 def _scan_leaders(similar: Tensor, valid: Tensor) -> Tensor:
-    """Find the leaders: the valid clusters that no earlier leader takes.
-
-    A cluster that is free has the number 0.5, one that is taken infinity. Step i adds reach[i] / x
-    to every number, with x that of cluster i: 0 for a dissimilar cluster or a taken i, else the
-    largest float divided by 0.5, which is infinity. Written with booleans a step is two kernels.
+    """Find the leaders (B, K): the valid clusters that no earlier leader takes.
 
     Args:
         similar: (B, K, K) bool, strictly upper triangular.
         valid: (B, K) bool.
+    """
+    return (_scan_images if similar.device.type == "cpu" else _scan_batch)(similar, valid)
+
+
+@_scan_leaders.register_fake
+def _describe_leaders(similar: Tensor, valid: Tensor) -> Tensor:
+    return torch.empty_like(valid)
+
+
+def _scan_images(similar: Tensor, valid: Tensor) -> Tensor:
+    """Scan image after image; a set of clusters is a number with a byte for each, lowest first."""
+    K, leads = valid.shape[1], torch.zeros_like(valid)
+    for b in range(len(valid)):
+        table = similar[b].numpy().tobytes()
+        left, leaders = int.from_bytes(valid[b].numpy().tobytes(), "little"), []
+        while left:
+            first = (left & -left).bit_length() // 8
+            leaders.append(first)
+            taken = int.from_bytes(table[first * K : first * K + K], "little")
+            left &= ~(taken | 1 << 8 * first)
+        leads[b, leaders] = True
+    return leads
+
+
+def _scan_batch(similar: Tensor, valid: Tensor) -> Tensor:
+    """Scan all images at once without reading a number, one tiny kernel per cluster.
+
+    A cluster that is free has the number 0.5, one that is taken infinity. Step i adds reach[i] / x
+    to every number, with x that of cluster i: 0 for a dissimilar cluster or a taken i, else the
+    largest float divided by 0.5, which is infinity. Written with booleans a step is two kernels.
     """
     reach = similar.float() * torch.finfo(torch.float32).max
     state = torch.where(valid, 0.5, torch.inf)  # (B, K)
     for i, row in enumerate(reach.unbind(dim=1)):
         state = torch.addcdiv(state, row, state[:, i : i + 1])
     return state == 0.5
-
-
-@_scan_leaders.register_fake
-def _describe_leaders(similar: Tensor, valid: Tensor) -> Tensor:
-    return torch.empty_like(valid)
 
 
 def _check_clusters(centers: Tensor, valid: Tensor) -> None:

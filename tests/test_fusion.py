@@ -15,24 +15,13 @@ from cliptteacher import fusion
 from cliptteacher.fusion import fuse_clusters, pairwise_cosine
 
 
-@pytest.fixture(scope="module", params=["images one by one", "the batch at once"], autouse=True)
+@pytest.fixture(scope="module", params=["image by image", "the batch at once"], autouse=True)
 def form(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Run every test with both forms of the algorithm: the CPU's, and that of other devices."""
+    """Run every test with both forms of the scan: the CPU's, and that of other devices."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "the batch at once":
-            patch.setattr(fusion, "_fuse_images", fusion._fuse_batch)
+            patch.setattr(fusion, "_scan_images", fusion._scan_batch)
         yield request.param
-
-
-def similarity_of(centers: Tensor, valid: Tensor) -> Tensor:
-    """The cosines as the form in use computes them: a product's shape may change its last bits."""
-    if fusion._fuse_images is fusion._fuse_batch:
-        return pairwise_cosine(centers)
-    similarity = centers.new_zeros(*valid.shape, valid.shape[1])
-    for b, keep in enumerate(valid):
-        unit = fusion._unit_rows(centers[b, keep])
-        similarity[b, keep.nonzero(), keep.nonzero().T] = unit @ unit.mT
-    return similarity
 
 
 def loop_fusion(similarity: list[list[float]], valid: list[bool], threshold: float) -> list[int]:
@@ -51,7 +40,7 @@ def loop_fusion(similarity: list[list[float]], valid: list[bool], threshold: flo
 
 
 def assert_equals_loop(centers: Tensor, valid: Tensor, threshold: float) -> None:
-    similarity = similarity_of(centers, valid).tolist()
+    similarity = pairwise_cosine(centers).tolist()
     expected = [
         loop_fusion(rows, alive, threshold)
         for rows, alive in zip(similarity, valid.tolist(), strict=True)
@@ -225,15 +214,11 @@ def test_compiles_without_graph_breaks(K: int, backend: str) -> None:
     assert torch.equal(compiled(centers, valid), fuse_clusters(centers, valid))
 
 
-def test_operators_are_registered_correctly() -> None:
+def test_scan_operator_is_registered_correctly() -> None:
     similar = (torch.rand(2, 6, 6) < 0.4).triu(1)
-    centers, valid = torch.randn(2, 6, 3), torch.rand(2, 6) < 0.8
-    operators = torch.ops.cliptteacher
-    for results in (
-        torch.library.opcheck(operators.scan_leaders.default, (similar, valid)),
-        torch.library.opcheck(operators.fuse_images.default, (centers, valid, 0.8)),
-    ):
-        assert set(results.values()) == {"SUCCESS"}
+    valid = torch.rand(2, 6) < 0.8
+    results = torch.library.opcheck(fusion._scan_leaders, (similar, valid))
+    assert set(results.values()) == {"SUCCESS"}
 
 
 @pytest.mark.parametrize(

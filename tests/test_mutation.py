@@ -53,7 +53,7 @@ def test_few_mutants_may_survive() -> None:
     assert all(len(mutant.survives.split()) > 8 for mutant in excused)
 
 
-CHANGE = Mutant("fusion.py", "test", "valid.long() - 1", "valid.long() - 2", ("fusion",))
+CHANGE = Mutant("fusion.py", "test", "state == 0.5", "state != 0.5", ("fusion",))
 
 
 @pytest.mark.parametrize(
@@ -61,16 +61,16 @@ CHANGE = Mutant("fusion.py", "test", "valid.long() - 1", "valid.long() - 2", ("f
     [
         ("no such text", "x", 0),
         ("import torch", "x", 1000),
-        ("valid.long() - 1", "valid.long() - 1", 1),
+        ("state == 0.5", "state == 0.5", 1),
     ],
 )
 def test_a_change_that_does_not_apply_is_an_error(
     tmp_path: Path, old: str, new: str, times: int
 ) -> None:
     (tmp_path / "cliptteacher").mkdir()
-    text = "valid.long() - 1\n" + "import torch\n" * 1000
+    text = "state == 0.5\n" + "import torch\n" * 1000
     (tmp_path / "cliptteacher" / "fusion.py").write_text(text)
-    assert "valid.long() - 2" in mutate(CHANGE, tmp_path)
+    assert "state != 0.5" in mutate(CHANGE, tmp_path)
     wrong = Mutant("fusion.py", "test", old, new, ("fusion",))
     with pytest.raises(CampaignError, match=f"occurs {times} times; repair tests/mutants.py"):
         mutate(wrong, tmp_path)
@@ -79,7 +79,7 @@ def test_a_change_that_does_not_apply_is_an_error(
 def test_the_copy_is_changed_and_the_tree_is_not() -> None:
     original = (mutation.ROOT / "cliptteacher" / "fusion.py").read_bytes()
     with mutation.copy_of_tree(CHANGE) as root:
-        assert b"valid.long() - 2" in (root / "cliptteacher" / "fusion.py").read_bytes()
+        assert b"state != 0.5" in (root / "cliptteacher" / "fusion.py").read_bytes()
         assert (root / "tests" / "test_fusion.py").exists()
         assert not list(root.rglob("__pycache__"))
     assert not root.exists()
@@ -87,7 +87,7 @@ def test_the_copy_is_changed_and_the_tree_is_not() -> None:
 
 
 def test_a_result_belongs_to_one_change() -> None:
-    other = Mutant("fusion.py", "test", "valid.long() - 1", "valid.long() - 3", ("fusion",))
+    other = Mutant("fusion.py", "test", "state == 0.5", "state > 0.5", ("fusion",))
     assert fingerprint(CHANGE) == fingerprint(CHANGE) != fingerprint(other)
 
 
@@ -108,11 +108,11 @@ def test_the_report_counts_and_lists() -> None:
 def test_a_small_campaign(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One mutant that a test notices and one that changes nothing; then nothing is left to do."""
     select = "test_by_hand"
-    good = Mutant("fusion.py", "a", "valid.long() - 1", "valid.long() - 2", ("fusion",), select)
-    same = Mutant("fusion.py", "b", "valid.long() - 1", "valid.long() - (1)", ("fusion",), select)
+    good = Mutant("fusion.py", "a", "state == 0.5", "state != 0.5", ("fusion",), select)
+    same = Mutant("fusion.py", "b", "state == 0.5", "state == (0.5)", ("fusion",), select)
     for pending in (2, 0):
         records = mutation.run_campaign([good, same], tmp_path, jobs=1, limit=200)
         assert f"2 mutants, {pending} to run" in capsys.readouterr().out
-        assert records[good.title]["first_failure"] == "tests/test_fusion.py::test_by_hand"
+        assert records[good.title]["first_failure"] == "tests/test_fusion.py::test_by_hand[the batch at once]"
         assert records[same.title]["first_failure"] == ""
     assert (tmp_path / "mutation.json").exists()
