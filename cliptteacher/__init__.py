@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time `__getattr__` im
     from . import data as data
     from . import distributed as distributed
     from . import evaluation as evaluation
+    from . import export as export
     from . import files as files
     from . import framework as framework
     from . import fusion as fusion
@@ -70,8 +71,8 @@ _HOME = {
     "PLMConfig": "plm",
 }
 _ROOMS = {
-    *("checkpoint", "clip", "data", "distributed", "evaluation", "files", "framework", "fusion"),
-    *("glm", "inference", "kmeans", "logits", "losses", "metrics", "plm", "segmenters"),
+    *("checkpoint", "clip", "data", "distributed", "evaluation", "export", "files", "framework"),
+    *("fusion", "glm", "inference", "kmeans", "logits", "losses", "metrics", "plm", "segmenters"),
     *("training", "visualize", "vla"),
 }
 

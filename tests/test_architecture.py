@@ -20,7 +20,7 @@ LEVELS = {
     ),
     **dict.fromkeys(("clip", "segmenters", "data", "glm", "plm"), 1),
     **dict.fromkeys(("framework", "inference", "visualize"), 2),
-    **dict.fromkeys(("evaluation", "training"), 3),
+    **dict.fromkeys(("evaluation", "export", "training"), 3),
 }
 BESIDE = {
     "download": {"files"},
