@@ -240,6 +240,7 @@ class TrainedSegmenter:
         clip: CLIP | str | Path | None = None,
         activation: Activation | None = None,
         heads: Heads | None = None,
+        templates: Templates | None = None,
     ) -> TrainedSegmenter:
         """Return the same student for other words than those of its training run.
 
@@ -251,6 +252,7 @@ class TrainedSegmenter:
             words: names of the labels 0, 1, ...
             clip: the teacher, its name or its path; by default the one that the checkpoint names.
             activation, heads: of the teacher, see `load_clip`; by default as in training.
+            templates: prompts of all words, those of the training run too; by default as there.
 
         Raises:
             FileNotFoundError: the CLIP is needed and does not exist.
@@ -259,11 +261,12 @@ class TrainedSegmenter:
         keys = [spell_class_name(word) for word in words]
         known = {spell_class_name(name): k for k, name in enumerate(self.class_names)}
         unread: tuple[str, ...] = ()
-        if all(key in known for key in keys):
+        if templates is None and all(key in known for key in keys):
             text = self.text_features[[known[key] for key in keys]]
         else:
             teacher = self.load_teacher(clip, activation, heads)
-            text = class_text_features(teacher, words, self.checkpoint.get("templates", "single"))
+            stored = self.checkpoint.get("templates", "single")
+            text = class_text_features(teacher, words, templates or stored)
             unread = unread_words(teacher, words)
         seen = {key for key, k in known.items() if k not in self.unseen}
         unseen = tuple(k for k, key in enumerate(keys) if key not in seen)

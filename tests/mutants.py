@@ -315,7 +315,7 @@ INFERENCE = [
     ("every other word is seen", "if key not in seen)", "if key in seen)", WORDS),
     ("unseen words of training are seen", "if k not in self.unseen}", "}", WORDS),
     ("stored features in the old order", "self.text_features[[known[key] for key in keys]]", "self.text_features[: len(keys)]", WORDS),
-    ("templates of training forgotten", ', self.checkpoint.get("templates", "single"))', ")", WORDS),
+    ("templates of training forgotten", "words, templates or stored)", "words)", WORDS),
     ("another teacher accepted", "if teacher.embed_dim != width:", "if False:", WORDS),
     ("unread words not named", "unread = unread_words(teacher, words)", "unread = ()", WORDS),
     ("words ignored", "self if words is None else self.with_words(words, clip)", "self", WORDS),
