@@ -26,8 +26,10 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time `__getattr__` im
     from . import logits as logits
     from . import losses as losses
     from . import metrics as metrics
+    from . import pages as pages
     from . import palette as palette
     from . import plm as plm
+    from . import report as report
     from . import segmenters as segmenters
     from . import synonyms as synonyms
     from . import training as training
@@ -76,7 +78,17 @@ _HOME = {
 _ROOMS = {
     *("checkpoint", "clip", "data", "distributed", "drawing", "evaluation", "export", "files"),
     *("framework", "fusion", "glm", "inference", "kmeans", "logits", "losses", "metrics"),
-    *("palette", "plm", "segmenters", "synonyms", "training", "visualize", "vla"),
+    *(
+        "pages",
+        "palette",
+        "plm",
+        "report",
+        "segmenters",
+        "synonyms",
+        "training",
+        "visualize",
+        "vla",
+    ),
 }
 
 __all__ = sorted([*_HOME, *_ROOMS, "IGNORE_INDEX"])

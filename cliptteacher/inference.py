@@ -32,7 +32,7 @@ from .data.images import ImageLike, to_batch, to_image
 from .data.transforms import keep_ratio_size
 from .logits import Similarity, pixel_logits, upsample, upsampled_argmax
 from .options import check_value, holds
-from .segmenters import build_segmenter
+from .segmenters import rebuild_segmenter
 from .segmenters.padding import features_of_multiple
 from .segmenters.student import eval_view
 from .sliding import check_windows, slide
@@ -330,7 +330,7 @@ def load_segmenter(path: str | Path, segmenter: nn.Module | None = None) -> Trai
     """
     content = load_checkpoint(path)
     weights, name = content.pop("segmenter"), content["segmenter_name"]
-    segmenter = _rebuild(content, path) if segmenter is None else segmenter
+    segmenter = rebuild_segmenter(content, path) if segmenter is None else segmenter
     try:
         wrapped = weights.keys() != segmenter.state_dict().keys()
         segmenter.load_state_dict(without_prefixes(weights) if wrapped else weights)
@@ -371,20 +371,6 @@ def clip_segmenter(
         settings={"gamma": 0.0, "similarity": "cosine"},
         checkpoint={"segmenter_name": "dense tokens", "step": 0},
         unread=unread_words(clip, names),
-    )
-
-
-def _rebuild(content: dict[str, Any], path: str | Path) -> nn.Module:
-    """Build the student that `build_segmenter` built for training."""
-    name, cause = content["segmenter_name"], "was not built by build_segmenter"
-    if name is not None:
-        try:
-            return build_segmenter(name, content["channels"], **content["segmenter_options"])
-        except (TypeError, ValueError) as error:
-            cause = f"cannot be built again: {error}"
-    raise ValueError(
-        f"the student in {path} {cause}; pass the network that it was trained in: "
-        "load_segmenter(path, segmenter=network)"
     )
 
 

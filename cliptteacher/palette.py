@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 Pixels = NDArray[np.uint8]
 
 _SLOTS = 64  # colours that words choose from
+_APART = 12.0  # CIELAB distance from which two of few colours are told apart
 # Linear RGB as seen with one kind of cones missing; the first is normal vision.
 _VISIONS = np.array(
     [
@@ -50,8 +51,9 @@ def class_palette(num_classes: int) -> Pixels:
 def word_palette(words: Sequence[str]) -> Pixels:
     """Return one colour per word, which is the word's own in every picture and every run.
 
-    A word's letters choose one of 64 colours. Where two words of one list choose the same, the
-    later one of the alphabet takes the free colour farthest from those in use.
+    A word's letters choose one of 64 colours. Where two words of one list choose the same, or two
+    that are hard to tell apart, the later one of the alphabet takes the colour farthest from those
+    in use.
 
     Args:
         words: A different words, at most 256.
@@ -68,26 +70,27 @@ def word_palette(words: Sequence[str]) -> Pixels:
     """
     if len(words) > 256:
         raise ValueError(f"`words` must be at most 256, got {len(words)}")
-    colours = _all_colours()
-    seen = np.stack([_seen_by(colours, vision) for vision in _VISIONS])  # (4, 256, 3)
+    colours, distances = _all_colours(), _all_distances()
     slots: dict[int, int] = {}  # position in the list -> colour
-    taken: list[int] = []
-    # The first of each colour come first: nobody's own colour goes to a word that lost another.
-    order = sorted(range(len(words)), key=lambda k: words[k].lower())
-    losers: list[int] = []
-    for k in order:
+    displaced: list[int] = []
+
+    def nearest() -> NDArray[np.float64]:
+        """Distance of every colour to the nearest one in use, (256,)."""
+        taken = list(slots.values())
+        distance: NDArray[np.float64] = distances[:, taken].min(axis=1, initial=np.inf)
+        distance[taken] = -1.0
+        return distance
+
+    apart = _APART if len(words) <= 20 else 0.0
+    for k in sorted(range(len(words)), key=lambda k: words[k].lower()):
         slot = zlib.crc32(words[k].lower().encode()) % _SLOTS
-        if slot in taken:
-            losers.append(k)
-        else:
+        if nearest()[slot] > apart:
             slots[k] = slot
-            taken.append(slot)
-    for k in losers:
-        near = np.linalg.norm(seen[:, :, None] - seen[:, None, taken], axis=-1).min(axis=(0, 2))
-        near[taken] = -1.0
-        free = near[:_SLOTS] if len(taken) < _SLOTS else near
-        slots[k] = int(free.argmax())
-        taken.append(slots[k])
+        else:
+            displaced.append(k)
+    for k in displaced:
+        free = nearest()
+        slots[k] = int((free[:_SLOTS] if len(slots) < _SLOTS else free).argmax())
     return colours[[slots[k] for k in range(len(words))]]
 
 
@@ -107,6 +110,14 @@ def _all_colours() -> Pixels:
         distance = newest if len(chosen) == 1 else np.minimum(distance, newest)
         distance[chosen] = -1.0
     return colours[chosen]
+
+
+@lru_cache(maxsize=1)
+def _all_distances() -> NDArray[np.float64]:
+    """Distance of every two colours to the eye that confuses them most, (256, 256)."""
+    seen = np.stack([_seen_by(_all_colours(), vision) for vision in _VISIONS])
+    distances = np.linalg.norm(seen[:, :, None] - seen[:, None], axis=-1)  # (4, 256, 256)
+    return np.asarray(distances.min(axis=0))
 
 
 def _seen_by(colours: Pixels, vision: NDArray[np.float64]) -> NDArray[np.float64]:

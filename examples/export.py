@@ -33,7 +33,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cliptteacher.command_line import number, one_sentence_errors, read_words
+from cliptteacher.command_line import (
+    add_clip_flags,
+    clip_settings,
+    number,
+    one_sentence_errors,
+    read_words,
+)
 from cliptteacher.data.miniworld import MiniWorld
 from cliptteacher.export import INPUT, OPSET, export_program, save_onnx, save_program
 from cliptteacher.files import write_json
@@ -71,7 +77,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--checkpoint", type=Path, required=True, help="a file, or the directory of a run")
     add("--output", type=Path, nargs="+", required=True, help="files ending in .pt2 or .onnx")
     add("--classes", help="words between commas, or a .txt file; default: those of training")
-    add("--clip", help="name or path of the CLIP, for words that training did not know")
+    add_clip_flags(parser, "for words that training did not know")
     add("--gamma", type=number(float), help="bonus of words without labels in training")
     add("--pictures", type=number(int, 1), default=20, help="scenes to compare on")
     add("--json", type=Path, help="file for the figures of the comparison")
@@ -83,7 +89,7 @@ def run(args: argparse.Namespace) -> None:
     check_outputs(args.output)
     student = load_segmenter(args.checkpoint)
     if args.classes is not None:
-        student = student.with_words(read_words(args.classes), args.clip)
+        student = student.with_words(read_words(args.classes), args.clip, **clip_settings(args))
     settings = {} if args.gamma is None else {"gamma": args.gamma}
     predictor = student.predictor(**settings)
     program = export_program(predictor)

@@ -8,8 +8,8 @@ r"""Segment photographs with a trained student, or with CLIP alone, and any word
 
 For every image it writes NAME_overlay.png (colours, outlines, names, and a legend) and
 NAME_index.png (one class index a pixel, in the order of the words); with --confidence also
-NAME_confidence.png (255 = certain). Of words with a slash between them the best one counts. A word
-has the same colour in every picture and every run.
+NAME_confidence.png (255 = certain), and with --html one page of all images, gallery.html. Of words
+with a slash between them the best one counts. A word has the same colour in every picture.
 
 Without --classes, or with words of the training run only, no CLIP is needed; for other words or a
 --template its text encoder is loaded, never its image encoder. --clip-only needs no training: every
@@ -41,11 +41,14 @@ from cliptteacher.command_line import (
 )
 from cliptteacher.data.images import list_images, read_image, readable_suffixes
 from cliptteacher.distributed import DEVICES, start_process
-from cliptteacher.files import read_text
+from cliptteacher.files import read_text, write_text
 from cliptteacher.inference import Predictor, TrainedSegmenter, clip_segmenter, load_segmenter
+from cliptteacher.pages import gallery
+from cliptteacher.palette import word_palette
 from cliptteacher.synonyms import Synonyms, split_synonyms
 from cliptteacher.visualize import overlay, write_png
 
+GALLERY_SIDE = 640  # pixels of the long side
 CLIP_SCALE = 100.0  # of CLIP's cosines, for the confidence of --clip-only
 
 
@@ -75,6 +78,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     sides = {"nargs": 2, "metavar": ("LONG", "SHORT"), "type": number(int, 1)}
     add("--resize", **sides, help="default: as in training")
     add("--mode", choices=("whole", "slide"), default="whole", help="slide: for large pictures")
+    add("--html", action="store_true", help="write gallery.html: opacity, classes on and off")
     add("--confidence", action="store_true", help="write how sure every pixel is, too")
     add("--device", choices=DEVICES, default="auto")
     return parser.parse_args(argv)
@@ -94,6 +98,7 @@ def run(args: argparse.Namespace) -> int:
     print_plan(student, synonyms, unseen, {**student.settings, **settings}["gamma"])
     scale = CLIP_SCALE if args.clip_only else 1.0
     targets = name_targets(images, args.output)
+    shown: list[tuple[str, Image.Image, Image.Image]] = []
     failed, start = 0, time.monotonic()
     for count, (path, target) in enumerate(zip(images, targets, strict=True), 1):
         try:
@@ -103,13 +108,27 @@ def run(args: argparse.Namespace) -> int:
             print(error, file=sys.stderr, flush=True)
             continue
         words, confidence = predict(predictor, image, scale if args.confidence else None)
-        line = write_prediction(image, synonyms.merge(words), synonyms.names, unseen, target)
+        labels = synonyms.merge(words)
+        line = write_prediction(image, labels, synonyms.names, unseen, target)
+        if args.html:
+            shown.append((target.name, *for_gallery(image, labels)))
         if confidence is not None:
             write_png(Image.fromarray(confidence.numpy()), suffixed(target, "confidence"))
         left = (time.monotonic() - start) / count * (len(images) - count)
         progress = f"{count}/{len(images)}" + (f", {left:.0f} s left" if len(images) > 1 else "")
         print(f"{progress}  {line}", flush=True)
+    if args.html:
+        title, colours = f"{len(shown)} predictions", word_palette(synonyms.names)
+        write_text(gallery(title, shown, synonyms.names, colours), args.output / "gallery.html")
     return failed
+
+
+def for_gallery(image: Tensor, labels: Tensor) -> tuple[Image.Image, Image.Image]:
+    """Photograph and label map as pictures of one size, shrunk to what a page shows."""
+    photo = Image.fromarray(image.permute(1, 2, 0).numpy())
+    size = [max(1, round(side * min(1, GALLERY_SIDE / max(photo.size)))) for side in photo.size]
+    index = Image.fromarray(labels.numpy().astype(np.uint8))
+    return photo.resize(size), index.resize(size, Image.Resampling.NEAREST)
 
 
 def predict(

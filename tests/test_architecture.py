@@ -20,9 +20,12 @@ LEVELS = {
     **dict.fromkeys(
         ("files", "download", "options", "distributed", "command_line", "tensors", "checkpoint"), 0
     ),
-    **dict.fromkeys(("clip", "segmenters", "data", "glm", "plm", "drawing", "synonyms"), 1),
+    **dict.fromkeys(
+        ("clip", "segmenters", "data", "glm", "plm", "drawing", "synonyms", "pages"), 1
+    ),
     **dict.fromkeys(("framework", "inference", "visualize"), 2),
     **dict.fromkeys(("evaluation", "export", "training"), 3),
+    "report": 4,
 }
 BESIDE = {
     "download": {"files"},
