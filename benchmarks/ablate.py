@@ -10,8 +10,9 @@ of them. A finished run is skipped, an interrupted one resumed, a failed one rep
 without stopping the others. The rows are data: benchmarks/ablation_rows.py.
 
 Writes table.md (mean and standard deviation over the seeds, the change against `full` seed by
-seed, the paper beside it), table.json (every run with its command) and chart.png; the runs are in
---runs, which several tables may share. Needs matplotlib: `pip install 'cliptteacher[plot]'`.
+seed, the paper beside it), table.json (every run with its command), chart.png and report.html (all
+of it on one page); the runs are in --runs, which several tables may share.
+Needs matplotlib: `pip install 'cliptteacher[plot]'`.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ablation_page import write_page
 from ablation_rows import BASES, CLIP_DENSE, TABLES, AblationRow, calibrated, select_rows
 from evidence import rows_table, setting
 
@@ -302,7 +304,7 @@ def report(
     settings: dict[str, Any],
     output: Path,
 ) -> str:
-    """Write table.md, table.json and chart.png; returns the Markdown."""
+    """Write table.md, table.json, chart.png and report.html; returns the Markdown."""
     found = {
         row.name: {r.seed: r for (name, _), r in runs.items() if name == row.name} for row in rows
     }
@@ -328,6 +330,7 @@ def report(
     write_text(text, output / "table.md")
     write_json(content, output / "table.json")
     draw(title, content["rows"], output / "chart.png")
+    write_page(f"Table {title}", content, output / "chart.png", output / "report.html")
     return text
 
 

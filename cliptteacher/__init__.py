@@ -14,7 +14,9 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time `__getattr__` im
     from . import clip as clip
     from . import data as data
     from . import distributed as distributed
+    from . import drawing as drawing
     from . import evaluation as evaluation
+    from . import export as export
     from . import files as files
     from . import framework as framework
     from . import fusion as fusion
@@ -24,8 +26,12 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time `__getattr__` im
     from . import logits as logits
     from . import losses as losses
     from . import metrics as metrics
+    from . import pages as pages
+    from . import palette as palette
     from . import plm as plm
+    from . import report as report
     from . import segmenters as segmenters
+    from . import synonyms as synonyms
     from . import training as training
     from . import visualize as visualize
     from . import vla as vla
@@ -70,9 +76,19 @@ _HOME = {
     "PLMConfig": "plm",
 }
 _ROOMS = {
-    *("checkpoint", "clip", "data", "distributed", "evaluation", "files", "framework", "fusion"),
-    *("glm", "inference", "kmeans", "logits", "losses", "metrics", "plm", "segmenters"),
-    *("training", "visualize", "vla"),
+    *("checkpoint", "clip", "data", "distributed", "drawing", "evaluation", "export", "files"),
+    *("framework", "fusion", "glm", "inference", "kmeans", "logits", "losses", "metrics"),
+    *(
+        "pages",
+        "palette",
+        "plm",
+        "report",
+        "segmenters",
+        "synonyms",
+        "training",
+        "visualize",
+        "vla",
+    ),
 }
 
 __all__ = sorted([*_HOME, *_ROOMS, "IGNORE_INDEX"])

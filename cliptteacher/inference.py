@@ -32,7 +32,7 @@ from .data.images import ImageLike, to_batch, to_image
 from .data.transforms import keep_ratio_size
 from .logits import Similarity, pixel_logits, upsample, upsampled_argmax
 from .options import check_value, holds
-from .segmenters import build_segmenter
+from .segmenters import rebuild_segmenter
 from .segmenters.padding import features_of_multiple
 from .segmenters.student import eval_view
 from .sliding import check_windows, slide
@@ -240,6 +240,7 @@ class TrainedSegmenter:
         clip: CLIP | str | Path | None = None,
         activation: Activation | None = None,
         heads: Heads | None = None,
+        templates: Templates | None = None,
     ) -> TrainedSegmenter:
         """Return the same student for other words than those of its training run.
 
@@ -251,6 +252,7 @@ class TrainedSegmenter:
             words: names of the labels 0, 1, ...
             clip: the teacher, its name or its path; by default the one that the checkpoint names.
             activation, heads: of the teacher, see `load_clip`; by default as in training.
+            templates: prompts of all words, those of the training run too; by default as there.
 
         Raises:
             FileNotFoundError: the CLIP is needed and does not exist.
@@ -259,11 +261,12 @@ class TrainedSegmenter:
         keys = [spell_class_name(word) for word in words]
         known = {spell_class_name(name): k for k, name in enumerate(self.class_names)}
         unread: tuple[str, ...] = ()
-        if all(key in known for key in keys):
+        if templates is None and all(key in known for key in keys):
             text = self.text_features[[known[key] for key in keys]]
         else:
             teacher = self.load_teacher(clip, activation, heads)
-            text = class_text_features(teacher, words, self.checkpoint.get("templates", "single"))
+            stored = self.checkpoint.get("templates", "single")
+            text = class_text_features(teacher, words, templates or stored)
             unread = unread_words(teacher, words)
         seen = {key for key, k in known.items() if k not in self.unseen}
         unseen = tuple(k for k, key in enumerate(keys) if key not in seen)
@@ -327,7 +330,7 @@ def load_segmenter(path: str | Path, segmenter: nn.Module | None = None) -> Trai
     """
     content = load_checkpoint(path)
     weights, name = content.pop("segmenter"), content["segmenter_name"]
-    segmenter = _rebuild(content, path) if segmenter is None else segmenter
+    segmenter = rebuild_segmenter(content, path) if segmenter is None else segmenter
     try:
         wrapped = weights.keys() != segmenter.state_dict().keys()
         segmenter.load_state_dict(without_prefixes(weights) if wrapped else weights)
@@ -368,20 +371,6 @@ def clip_segmenter(
         settings={"gamma": 0.0, "similarity": "cosine"},
         checkpoint={"segmenter_name": "dense tokens", "step": 0},
         unread=unread_words(clip, names),
-    )
-
-
-def _rebuild(content: dict[str, Any], path: str | Path) -> nn.Module:
-    """Build the student that `build_segmenter` built for training."""
-    name, cause = content["segmenter_name"], "was not built by build_segmenter"
-    if name is not None:
-        try:
-            return build_segmenter(name, content["channels"], **content["segmenter_options"])
-        except (TypeError, ValueError) as error:
-            cause = f"cannot be built again: {error}"
-    raise ValueError(
-        f"the student in {path} {cause}; pass the network that it was trained in: "
-        "load_segmenter(path, segmenter=network)"
     )
 
 

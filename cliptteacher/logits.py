@@ -61,9 +61,7 @@ def pixel_logits(
 
 def upsample(maps: Tensor, size: Sequence[int]) -> Tensor:
     """Resize maps (B, X, h, w) to (B, X, *size), bilinear with align_corners False."""
-    if maps.shape[-2:] == tuple(size):
-        return maps
-    return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)
+    return maps if maps.shape[-2:] == tuple(size) else _interpolate(maps, size)
 
 
 def upsampled_argmax(logits: Tensor, size: Sequence[int]) -> Tensor:
@@ -78,10 +76,15 @@ def upsampled_argmax(logits: Tensor, size: Sequence[int]) -> Tensor:
     Returns:
         Labels, int64 (B, *size).
     """
-    best, labels = upsample(logits[:, :_CLASSES_AT_ONCE], size).max(dim=1)
+    # No question whether the sizes differ: a traced program would freeze the answer.
+    best, labels = _interpolate(logits[:, :_CLASSES_AT_ONCE], size).max(dim=1)
     for first in range(_CLASSES_AT_ONCE, logits.shape[1], _CLASSES_AT_ONCE):
-        chunk = upsample(logits[:, first : first + _CLASSES_AT_ONCE], size)
+        chunk = _interpolate(logits[:, first : first + _CLASSES_AT_ONCE], size)
         value, index = chunk.max(dim=1)
         labels = torch.where(value > best, index + first, labels)
         best = torch.maximum(best, value)
     return labels
+
+
+def _interpolate(maps: Tensor, size: Sequence[int]) -> Tensor:
+    return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)

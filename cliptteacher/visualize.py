@@ -1,9 +1,10 @@
 """Draw what the model does: overlays with a legend, prediction panels, attention and clusters.
 
 The material of Figures 5-7 of arXiv:2310.02296v1. Every function takes tensors as the rest of the
-package makes them (images (3, H, W), label maps (H, W)) and returns a `PIL.Image`:
+package makes them (images (3, H, W), label maps (H, W)) and returns a `PIL.Image`; `overlay` takes
+PIL images and arrays as well:
 
-    overlay           image with its classes in colour and a legend with their area
+    overlay           image with its classes in colour, their names, and a legend with their area
     prediction_panel  rows of image | label | prediction | unseen classes alone
     heat_map          the attention of the GLM over the image
     cluster_map       the groups of the PLM over the image
@@ -17,73 +18,44 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from . import IGNORE_INDEX
+from .data.images import ImageLike, to_image
+from .drawing import MARGIN as _MARGIN
+from .drawing import Colour, Entry, draw_legend, draw_names, font_for, legend_height, outline
 from .files import write_whole
+from .palette import Pixels, class_palette, word_palette
 
-Colour = tuple[int, int, int]
-Pixels = NDArray[np.uint8]
-Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
-Entry = tuple[str, Colour, bool]  # text, swatch, marked as unseen
-
-_PAPER, _INK, _ACCENT, _IGNORED = (255, 255, 255), (40, 40, 40), (200, 48, 32), (70, 70, 70)
-_MARGIN, _GAP, _MARK = 12, 8, "unseen"
+_PAPER, _INK, _IGNORED = (255, 255, 255), (40, 40, 40), (70, 70, 70)
+_GAP = 8
 _READABLE = 256  # pixels of the long side up to which images are enlarged
 _CELL = 512  # pixels of the long side above which a panel shrinks its images
 # Dark violet over red to light yellow: monotone in lightness, readable in grey.
 _HEAT = np.array([(8, 6, 40), (96, 20, 110), (196, 52, 80), (246, 140, 36), (252, 250, 180)])
 
 
-def class_palette(num_classes: int) -> Pixels:
-    """Return distinct colours, the same ones every time.
-
-    Each colour is the one farthest (in CIELAB) from all before it, so a larger palette begins
-    with the smaller one. Greys, black and white are left to the image itself.
-
-    Args:
-        num_classes: number of colours, at most 256.
-
-    Returns:
-        Colours, uint8 (num_classes, 3).
-
-    Raises:
-        ValueError: if `num_classes` is out of range.
-    """
-    if not 0 <= num_classes <= 256:
-        raise ValueError(f"`num_classes` must lie in 0..256, got {num_classes}")
-    steps = np.linspace(0, 255, 12).round().astype(np.uint8)
-    colours = np.stack(np.meshgrid(steps, steps, steps, indexing="ij"), axis=-1).reshape(-1, 3)
-    lab = _to_lab(colours)
-    vivid = (np.hypot(lab[:, 1], lab[:, 2]) > 30) & (lab[:, 0] > 30) & (lab[:, 0] < 90)
-    colours, lab = colours[vivid], lab[vivid]
-    chosen: list[int] = []
-    distance = -np.abs(lab - _to_lab(np.array([[31, 119, 180]]))).sum(1)  # begin with a blue
-    for _ in range(num_classes):
-        chosen.append(int(distance.argmax()))
-        to_newest = np.linalg.norm(lab - lab[chosen[-1]], axis=1)
-        distance = to_newest if len(chosen) == 1 else np.minimum(distance, to_newest)
-    return colours[chosen]
-
-
 def overlay(
-    image: Tensor,
-    labels: Tensor,
+    image: ImageLike,
+    labels: Tensor | NDArray[np.generic],
     class_names: Sequence[str],
     palette: Pixels | None = None,
     alpha: float = 0.5,
     unseen: Sequence[int] = (),
+    annotate: bool = True,
 ) -> Image.Image:
     """Draw a label map over its image, with a legend of the classes present.
 
     Args:
-        image: (3, H, W), uint8 or float in [0, 1].
+        image: a path, a PIL image, an array (H, W, 3), or a tensor (3, H, W).
         labels: (H, W) label values; 255 keeps the bare image.
         class_names: names of all A classes.
-        palette: uint8 (A, 3); `class_palette(A)` if left out.
+        palette: uint8 (A, 3); `word_palette(class_names)` if left out, in which a word has the
+            same colour in all pictures.
         alpha: opacity of the colours, 0..1.
         unseen: label values marked as unseen in the legend.
+        annotate: outline the regions, and write the names inside where they fit.
 
     Returns:
         Picture, RGB. The legend names the share of the area, largest first.
@@ -91,22 +63,27 @@ def overlay(
     Raises:
         ValueError: if image and labels differ in size or a label has no name.
     """
-    colours = class_palette(len(class_names)) if palette is None else palette
-    pixels, values = _prepare(image, labels, len(class_names))
+    colours = word_palette(class_names) if palette is None else palette
+    pixels, values = _prepare(to_image(image), torch.as_tensor(labels), len(class_names))
     size = _display_size(pixels, _READABLE, None)
-    painted = _paint(_resize(pixels, size), _resize_labels(values, size), colours, alpha)
+    shown = _resize_labels(values, size)
+    painted = _paint(_resize(pixels, size), shown, colours, alpha)
     counts = np.bincount(values[values != IGNORE_INDEX], minlength=len(class_names))
     entries: list[Entry] = [
         (f"{class_names[k]} {_percent(counts[k] / values.size)}", _colour(colours, k), k in unseen)
         for k in np.argsort(-counts, kind="stable")
         if counts[k]
     ]
-    font = _font(np.clip(size[0] // 45, 13, 40))
+    letters = int(np.clip(size[0] // 45, 13, 40))
+    if annotate:
+        painted = np.where(outline(shown)[..., None], np.array(_PAPER, np.uint8), painted)
     sheet, top = Image.fromarray(painted), _MARGIN + size[1] + _GAP
+    if annotate:
+        draw_names(sheet, shown, class_names, letters)
     width = max(size[0], 240) + 2 * _MARGIN
-    canvas = Image.new("RGB", (width, top + _legend_height(entries, width, font)), _PAPER)
+    canvas = Image.new("RGB", (width, top + legend_height(entries, width, letters)), _PAPER)
     canvas.paste(sheet, ((width - size[0]) // 2, _MARGIN))
-    _draw_legend(canvas, entries, top, font)
+    draw_legend(canvas, entries, top, letters)
     return canvas
 
 
@@ -139,7 +116,7 @@ def prediction_panel(
             "images, labels and predictions must be equally many and at least one, "
             f"got {len(images)}, {len(labels)} and {len(predictions)}"
         )
-    colours, present = class_palette(len(class_names)), np.zeros(256, dtype=bool)
+    colours, present = word_palette(class_names), np.zeros(256, dtype=bool)
     rows: list[list[Pixels]] = []
     for image, label, prediction in zip(images, labels, predictions, strict=True):
         pixels, truth = _prepare(image, label, len(class_names))
@@ -234,60 +211,21 @@ def _panel_row(
 
 
 def _draw_grid(rows: list[list[Pixels]], titles: list[str], entries: list[Entry]) -> Image.Image:
-    font, title_font = _font(14), _font(15)
+    letters = 14
     cell = max(row[0].shape[1] for row in rows)
     width = 2 * _MARGIN + len(titles) * cell + (len(titles) - 1) * _GAP
     first = _MARGIN + 24
     below = first + sum(row[0].shape[0] + _GAP for row in rows)
-    canvas = Image.new("RGB", (width, below + _legend_height(entries, width, font)), _PAPER)
+    canvas = Image.new("RGB", (width, below + legend_height(entries, width, letters)), _PAPER)
     draw = ImageDraw.Draw(canvas)
     for column, title in enumerate(titles):
         left, top = _MARGIN + column * (cell + _GAP), first
-        draw.text((left + cell / 2, _MARGIN), title, _INK, title_font, anchor="ma")
+        draw.text((left + cell / 2, _MARGIN), title, _INK, font_for(title, 15), anchor="ma")
         for row in rows:
             canvas.paste(Image.fromarray(row[column]), (left + (cell - row[0].shape[1]) // 2, top))
             top += row[0].shape[0] + _GAP
-    _draw_legend(canvas, entries, below, font)
+    draw_legend(canvas, entries, below, letters)
     return canvas
-
-
-def _legend_lines(entries: list[Entry], width: int, font: Font) -> list[list[tuple[float, Entry]]]:
-    """Break the legend into lines; every entry with the x coordinate of its swatch."""
-    lines: list[list[tuple[float, Entry]]] = []
-    left = float(width)
-    for entry in entries:
-        text, _, is_unseen = entry
-        needed = 1.6 * _line_height(font) + font.getlength(text) + _MARGIN
-        needed += _mark_width(font) if is_unseen else 0
-        if left + needed > width - _MARGIN + 1:
-            lines.append([])
-            left = float(_MARGIN)
-        lines[-1].append((left, entry))
-        left += needed
-    return lines
-
-
-def _legend_height(entries: list[Entry], width: int, font: Font) -> int:
-    lines = len(_legend_lines(entries, width, font))
-    return round(lines * 1.5 * _line_height(font)) + _MARGIN
-
-
-def _mark_width(font: Font) -> float:
-    return font.getlength(_MARK) + 0.4 * _line_height(font)
-
-
-def _draw_legend(canvas: Image.Image, entries: list[Entry], top: int, font: Font) -> None:
-    draw, height = ImageDraw.Draw(canvas), _line_height(font)
-    for number, line in enumerate(_legend_lines(entries, canvas.width, font)):
-        y = top + (number + 0.5) * 1.5 * height
-        for left, (text, colour, is_unseen) in line:
-            box = (left, y - height / 2, left + height, y + height / 2)
-            border = _ACCENT if is_unseen else None
-            draw.rectangle(box, colour, border, width=2)
-            draw.text((left + 1.4 * height, y), text, _INK, font, anchor="lm")
-            if is_unseen:
-                right = left + 1.4 * height + font.getlength(text) + _mark_width(font)
-                draw.text((right, y), _MARK, _ACCENT, font, anchor="rm")
 
 
 def _prepare(image: Tensor, labels: Tensor, num_classes: int) -> tuple[Pixels, Pixels]:
@@ -355,19 +293,6 @@ def _grey(pixels: Pixels) -> Pixels:
     return np.asarray(Image.fromarray(pixels).convert("L").convert("RGB"))
 
 
-def _to_lab(colours: NDArray[np.generic]) -> NDArray[np.float64]:
-    """Convert sRGB, 0..255, (n, 3) to CIELAB under D65."""
-    rgb = colours.astype(np.float64) / 255
-    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
-    to_xyz = np.array(
-        [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
-    )
-    xyz = linear @ to_xyz.T / np.array([0.9505, 1.0, 1.089])
-    f = np.where(xyz > (6 / 29) ** 3, np.cbrt(xyz), xyz / (3 * (6 / 29) ** 2) + 4 / 29)
-    x, y, z = f.T
-    return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=1)
-
-
 def _colour(palette: Pixels, index: int) -> Colour:
     red, green, blue = (int(value) for value in palette[index])
     return red, green, blue
@@ -375,11 +300,3 @@ def _colour(palette: Pixels, index: int) -> Colour:
 
 def _percent(share: float) -> str:
     return f"{share:.1%}" if share >= 0.001 else "<0.1%"
-
-
-def _font(size: float) -> Font:
-    return ImageFont.load_default(size=float(size))
-
-
-def _line_height(font: Font) -> int:
-    return round(font.getbbox("Ag", anchor="ls")[3] - font.getbbox("Ag", anchor="ls")[1]) or 10

@@ -43,7 +43,7 @@ from cliptteacher.evaluation import (
 )
 from cliptteacher.files import check_writable, write_json
 from cliptteacher.inference import TrainedSegmenter, clip_segmenter, load_segmenter
-from cliptteacher.visualize import class_palette, overlay, write_png
+from cliptteacher.visualize import overlay, write_png
 
 SECONDS_BETWEEN_LINES = 30
 GAMMAS = (-4, -2, -1, -0.5, -0.2, -0.1, -0.05, 0, 0.05, 0.1, 0.2, 0.5, 0.75, 1, 1.5, 2, 3, 5)
@@ -241,11 +241,11 @@ def prediction_writer(
     folder: Path, student: TrainedSegmenter, dataset: SegmentationDataset
 ) -> Callable[[int, Tensor, Tensor, Tensor], None]:
     """Write every prediction as an index map and as a picture."""
-    names, palette = student.class_names, class_palette(len(student.class_names))
+    names = student.class_names
 
     def write(index: int, image: Tensor, label: Tensor, prediction: Tensor) -> None:
         name = dataset.image_name(index)
-        picture = overlay(image, prediction, names, palette, unseen=student.unseen)
+        picture = overlay(image, prediction, names, unseen=student.unseen)
         write_png(Image.fromarray(prediction.numpy().astype(np.uint8)), folder / f"{name}.png")
         write_png(picture, folder / f"{name}_overlay.png")
 

@@ -7,7 +7,7 @@ r"""Train a student with a frozen CLIP: the whole story, top to bottom.
 
 One process per device, no framework: torchrun starts the processes, DistributedDataParallel
 averages the gradients, everything else happens below. The run directory holds config.json,
-environment.json, metrics.jsonl, checkpoints/ and panels/.
+environment.json, metrics.jsonl, checkpoints/, panels/ and report.html.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from cliptteacher.distributed import Process, start_process, stop_process
 from cliptteacher.evaluation import evaluate, format_line, format_scores, scores_as_percent
 from cliptteacher.framework import CLIPTeacher, CLIPTeacherConfig
 from cliptteacher.inference import Predictor
+from cliptteacher.report import report_run
 from cliptteacher.segmenters import build_segmenter
 from cliptteacher.training.config import TrainConfig, parse_arguments, read_json, resolve_config
 from cliptteacher.training.loading import build_loader
@@ -134,6 +135,7 @@ def train(
         "resize": config.eval_resize,
         "size_divisor": config.eval_size_divisor,
     }
+    predictor = Predictor(student, text, **settings)
     words = {"names": dataset.class_names, "text_features": text, "templates": method.templates}
     teacher = {
         "clip": config.clip,
@@ -149,7 +151,7 @@ def train(
         optimizer=optimizer,
         scaler=scaler,
         student=partial(student_content, student, **words, **teacher, **settings),
-        evaluate=partial(score, Predictor(student, text, **settings), config, process),
+        evaluate=partial(score, predictor, config, process),
     )
     start = run.resume()
 
@@ -176,7 +178,11 @@ def train(
         scaler.step(optimizer)
         scaler.update()
         run.end_step(step, norm)  # log, checkpoint, evaluation and signals, when they are due
-    return run.finish()
+    scores = run.finish()
+    if process.is_main:
+        tested = open_dataset(config.data, config.root, config.test_split)
+        report_run(run.output, model, predictor, tested)  # report.html
+    return scores
 
 
 def score(

@@ -264,7 +264,7 @@ def labelled(
     image: Tensor, labels: Tensor, names: Sequence[str], unseen: Sequence[int]
 ) -> Image.Image:
     """Labels in colour with a legend, without the margin that a picture of its own has."""
-    picture = overlay(image, labels, names, alpha=0.65, unseen=unseen)
+    picture = overlay(image, labels, names, alpha=0.65, unseen=unseen, annotate=False)
     side = (picture.width - plain(image).width) // 2
     return picture.crop((min(side, OVERLAY_MARGIN), OVERLAY_MARGIN, picture.width, picture.height))
 

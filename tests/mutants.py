@@ -325,7 +325,7 @@ INFERENCE = [
     ("every other word is seen", "if key not in seen)", "if key in seen)", WORDS),
     ("unseen words of training are seen", "if k not in self.unseen}", "}", WORDS),
     ("stored features in the old order", "self.text_features[[known[key] for key in keys]]", "self.text_features[: len(keys)]", WORDS),
-    ("templates of training forgotten", ', self.checkpoint.get("templates", "single"))', ")", WORDS),
+    ("templates of training forgotten", "words, templates or stored)", "words)", WORDS),
     ("another teacher accepted", "if teacher.embed_dim != width:", "if False:", WORDS),
     ("unread words not named", "unread = unread_words(teacher, words)", "unread = ()", WORDS),
     ("words ignored", "self if words is None else self.with_words(words, clip)", "self", WORDS),
@@ -334,7 +334,6 @@ INFERENCE = [
     ("gamma of the checkpoint forgotten", '("gamma", "logit_scale",', '("logit_scale",', SAVED),
     ("student in training mode", "segmenter=segmenter.eval(),", "segmenter=segmenter,", SAVED),
     ("training state kept", '    content.pop("training", None)', '    content.get("training", None)', SAVED),
-    ("options of the student forgotten", '**content["segmenter_options"])', ")", SAVED),
 ]
 
 PADDING = [
@@ -617,6 +616,39 @@ OPTIMIZER = [
     ("start of the warm-up", "_WARMUP_START = 1e-6", "_WARMUP_START = 1e-3", RISE),
 ]
 
+SEGMENTERS = [
+    ("options of the student forgotten", '**content["segmenter_options"])', ")", SAVED),
+]
+
+FREE_SIZE = [
+    ("cells end one pixel early", "end = ((cells + 1) * side + size - 1) // size", "end = (cells + 1) * side // size"),
+    ("sums instead of means", " / (end - first).to(like.dtype)", ""),
+    ("rows and columns swapped", "return rows @ x @ columns.T", "return columns @ x @ rows.T"),
+    ("one window is shifted too", "shift * (positions[-1] >= window)", "shift"),
+    ("everyone is a neighbour", "scores = scores + apart[:, None]", "scores = scores + 0"),
+    ("not shifted back", "x = x.index_select(1, back_y).index_select(2, back_x)", "x = x.index_select(1, back_y)"),
+    ("no bias of positions", "scores = scores + layer.get_relative_position_bias()", "scores = scores + 0"),
+]
+
+EXPORT = [
+    ("sides rounded down", "(sides * factor + 0.5).floor()", "(sides * factor).floor()"),
+    ("the short side decides alone", "torch.minimum(long / sides.max(), short / sides.min())", "short / sides.min()"),
+    ("no antialiasing", "reach = torch.sym_max(1.0, scale)", "reach = 1.0"),
+    ("pixels by their corners", "(torch.arange(target) + 0.5) * scale", "torch.arange(target) * scale"),
+    ("mirrored cells kept", "return features[:, :, :rows, :columns]", "return features"),
+    ("the last row twice", "last = side - 1", "last = side"),
+    ("no bonus", "logits = logits + self.bonus[:, None, None]", "logits = logits + 0"),
+    ("the student itself is changed", "copy.deepcopy(predictor)", "predictor"),
+    ("windows accepted", 'if predictor.mode != "whole":', "if False:"),
+]
+
+SYNONYMS = [
+    ("a synonym of a seen class is unseen", "if k not in unseen_words}", "if k in unseen_words}"),
+    ("first word alone", "for word in name.split(SEPARATOR):", "for word in name.split(SEPARATOR)[:1]:"),
+    ("one word for two classes", "            if word in words:", "            if False:"),
+    ("blank words", "            if not word:", "            if False:"),
+]
+
 GROUPS = [
     ("kmeans.py", ("kmeans",), KMEANS),
     ("fusion.py", ("fusion",), FUSION),
@@ -634,6 +666,10 @@ GROUPS = [
     ("segmenters/student.py", ("inference",), STUDENT),
     ("segmenters/padding.py", ("padding",), PADDING),
     ("segmenters/fpn.py", ("fpn",), FPN),
+    ("segmenters/__init__.py", ("trained_segmenter",), SEGMENTERS),
+    ("segmenters/free_size.py", ("free_size",), FREE_SIZE),
+    ("export.py", ("export",), EXPORT),
+    ("synonyms.py", ("words",), SYNONYMS),
     ("clip/model.py", ("clip_model",), CLIP_MODEL),
     ("clip/convert.py", ("clip_weights", "clip_model"), CONVERT),
     ("clip/archive.py", ("clip_archive",), ARCHIVE),

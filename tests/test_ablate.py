@@ -298,6 +298,8 @@ def test_the_report_holds_means_spreads_changes_and_every_run(
     assert content["runs"][0]["scores"]["IoU"] == {"sand": 1.0}
     assert content["runs"][0]["command"].startswith("python examples/train.py --data miniworld ")
     assert Image.open(tmp_path / "chart.png").width > 600
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<table>") == 3 and "data:image/jpeg" in page and "https://" not in page
 
 
 def test_rows_at_their_own_gammas_are_compared_with_full_at_its_own(

@@ -14,13 +14,18 @@ IDS = [str(path.relative_to(PACKAGE)) for path in FILES]
 
 # A room may import those of lower levels, and of its own level what is named beside it.
 LEVELS = {
-    **dict.fromkeys(("kmeans", "fusion", "losses", "metrics", "vla", "logits", "sliding"), 0),
+    **dict.fromkeys(
+        ("kmeans", "fusion", "losses", "metrics", "vla", "logits", "sliding", "palette"), 0
+    ),
     **dict.fromkeys(
         ("files", "download", "options", "distributed", "command_line", "tensors", "checkpoint"), 0
     ),
-    **dict.fromkeys(("clip", "segmenters", "data", "glm", "plm"), 1),
+    **dict.fromkeys(
+        ("clip", "segmenters", "data", "glm", "plm", "drawing", "synonyms", "pages"), 1
+    ),
     **dict.fromkeys(("framework", "inference", "visualize"), 2),
-    **dict.fromkeys(("evaluation", "training"), 3),
+    **dict.fromkeys(("evaluation", "export", "training"), 3),
+    "report": 4,
 }
 BESIDE = {
     "download": {"files"},

@@ -681,3 +681,40 @@ def test_pretraining_says_what_is_missing(
             ["--data", "folder", "--root", str(tmp_path), "--output", str(tmp_path / "out")]
         )
     assert not (tmp_path / "out").exists()
+
+
+def test_predict_synonyms_template_list_windows_and_confidence(
+    space: Path,
+    trained: tuple[Path, str],
+    program: Callable[[str], ModuleType],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    images = space / "data" / "images"
+    (tmp_path / "list.txt").write_text(f"{images / 'scene3.png'}\n\n{images / 'scene4.png'}\n")
+    listed = f"--image {tmp_path / 'list.txt'} {images / 'scene5.png'} --output {tmp_path / 'out'}"
+    options = [*listed.split(), "--mode", "slide", "--confidence", "--classes", "sky/fog, tower"]
+    template = ["--template", "a satellite photo of {}."]
+    program("predict").main(["--checkpoint", str(trained[0]), *options, *template])
+    printed = capsys.readouterr()
+    assert "with a bonus of 1.5: tower" in printed.out  # fog stands for a seen class
+    assert printed.out.splitlines()[1].startswith("1/3, ") and " s left  scene3: " in printed.out
+    assert printed.out.splitlines()[3].startswith("3/3, 0 s left  scene5: ")
+    for name in ("scene3", "scene4", "scene5"):
+        index = np.array(Image.open(tmp_path / "out" / f"{name}_index.png"))
+        sure = np.array(Image.open(tmp_path / "out" / f"{name}_confidence.png"))
+        assert index.max() < 2 and sure.shape == index.shape and sure.min() >= 255 // 3
+    with pytest.raises(SystemExit, match="a template must hold '{}' once"):
+        program("predict").main(["--checkpoint", str(trained[0]), *options, "--template", "photo"])
+    (tmp_path / "list.txt").write_text("\n")
+    with pytest.raises(SystemExit, match="must name at least one image, got none"):
+        program("predict").main(["--checkpoint", "x", "--image", str(tmp_path / "list.txt"),
+                                 "--output", str(tmp_path)])  # fmt: skip
+
+
+def test_a_template_gives_other_features(trained: tuple[Path, str]) -> None:
+    student = load_segmenter(trained[0])
+    plain = student.with_words(["sky", "water"])
+    other = student.with_words(["sky", "water"], templates=["a drawing of {}."])
+    assert other.unseen == plain.unseen == (1,)
+    assert not torch.allclose(other.text_features, plain.text_features)

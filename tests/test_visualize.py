@@ -8,8 +8,8 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from cliptteacher.palette import class_palette, word_palette
 from cliptteacher.visualize import (
-    class_palette,
     cluster_map,
     heat_map,
     overlay,
@@ -67,7 +67,9 @@ def test_overlay_blends_colours_and_leaves_ignored_pixels() -> None:
     labels = torch.full((300, 400), 255, dtype=torch.uint8)
     labels[:150] = 2
     palette = np.array([[0, 0, 0], [0, 0, 0], [200, 50, 0]], dtype=np.uint8)
-    picture = array(overlay(grey(300, 400), labels, NAMES, palette=palette, alpha=0.25))
+    picture = array(
+        overlay(grey(300, 400), labels, NAMES, palette=palette, alpha=0.25, annotate=False)
+    )
     assert (picture[12:162, 12:412] == [125, 88, 75]).all()  # 0.75 * 100 + 0.25 * colour
     assert (picture[162:312, 12:412] == 100).all()
     assert (picture[:12] == 255).all() and (picture[:, :12] == 255).all()  # the margin
@@ -77,9 +79,9 @@ def test_overlay_fades_the_colours_of_the_image() -> None:
     red = torch.zeros(3, 300, 300, dtype=torch.uint8)
     red[0] = 200
     labels = torch.ones(300, 300, dtype=torch.int64)
-    opaque = array(overlay(red, labels, NAMES, alpha=1.0))[12:312, 12:312]
-    assert (opaque == class_palette(3)[1]).all()
-    bare = array(overlay(red, labels, NAMES, alpha=0.0))[12:312, 12:312]
+    opaque = array(overlay(red, labels, NAMES, alpha=1.0, annotate=False))[12:312, 12:312]
+    assert (opaque == word_palette(NAMES)[1]).all()
+    bare = array(overlay(red, labels, NAMES, alpha=0.0, annotate=False))[12:312, 12:312]
     assert (bare == [200, 0, 0]).all()
 
 
@@ -87,14 +89,14 @@ def test_overlay_legend_lists_what_is_there_largest_first(texts: list[str]) -> N
     labels = torch.zeros(100, 100, dtype=torch.int64)
     labels[:60] = 2
     labels[60, :3] = 255
-    overlay(grey(100, 100), labels, NAMES, unseen=[2])
+    overlay(grey(100, 100), labels, NAMES, unseen=[2], annotate=False)
     assert texts == ["cow 60.0%", "unseen", "grass 40.0%"]
 
 
 def test_overlay_legend_of_tiny_areas(texts: list[str]) -> None:
     labels = torch.zeros(100, 100, dtype=torch.int64)
     labels[0, 0] = 1
-    overlay(grey(100, 100), labels, NAMES)
+    overlay(grey(100, 100), labels, NAMES, annotate=False)
     assert texts == ["grass 100.0%", "sky <0.1%"]
 
 
@@ -139,7 +141,7 @@ def test_panel_last_column_shows_unseen_only() -> None:
         prediction_panel(torch.stack([grey(256, 256)] * 2), labels, predictions, NAMES, [2])
     )
     last = picture[36 : 36 + 256, 12 + 3 * 264 :][:, :256]
-    grass, cow = class_palette(3)[[0, 2]].astype(int)
+    grass, cow = word_palette(NAMES)[[0, 2]].astype(int)
     assert np.abs(last[:64] - (0.15 * 100 + 0.85 * grass)).max() <= 1
     assert np.abs(last[200:] - (0.15 * 100 + 0.85 * cow)).max() <= 1
     assert np.abs(last[64:200] - (0.3 * 100 + 0.7 * 255)).max() <= 1  # dimmed

@@ -9,10 +9,11 @@ lists them all.
 
 import difflib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from .adapt import AdaptedSegmenter, adapt_segmenter
 from .fpn import FPNSegmenter
@@ -37,6 +38,7 @@ __all__ = [
     "adapt_segmenter",
     "build_segmenter",
     "list_segmenters",
+    "rebuild_segmenter",
 ]
 
 
@@ -82,6 +84,28 @@ def build_segmenter(
         name=name, channels=channels, options={key: _plain(v) for key, v in options.items()}
     )
     return model
+
+
+def rebuild_segmenter(content: Mapping[str, Any], path: str | Path) -> Student | AdaptedSegmenter:
+    """Build the student of a checkpoint again, with random weights.
+
+    Args:
+        content: of the checkpoint.
+        path: of the checkpoint, for the sentence.
+
+    Raises:
+        ValueError: `build_segmenter` did not build the student.
+    """
+    name, cause = content["segmenter_name"], "was not built by build_segmenter"
+    if name is not None:
+        try:
+            return build_segmenter(name, content["channels"], **content["segmenter_options"])
+        except (TypeError, ValueError) as error:
+            cause = f"cannot be built again: {error}"
+    raise ValueError(
+        f"the student in {path} {cause}; pass the network that it was trained in: "
+        "load_segmenter(path, segmenter=network)"
+    )
 
 
 def _plain(value: object) -> object:

@@ -11,7 +11,7 @@
 The backbone is torchvision's Swin (arXiv:2103.14030), which pads its grids to whole windows, so
 every image size will do. Attention costs 49 N for N tokens. Most of the arithmetic lies in the
 head, whose last 3x3 convolution reads four maps of 512 channels at 1/4 (arXiv:1807.10221).
-Published weights: `swin_weights.py`. `torch.export` takes any batch size, but fixes the image size.
+Published weights: `swin_weights.py`. For programs of any image size: `free_size.py`.
 """
 
 from collections.abc import Sequence
@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .free_size import pool_to_grid
 from .student import Student
 
 _PATCH = 4
@@ -174,7 +175,7 @@ class UPerNetHead(nn.Module):
         self._check_batch(x)
         pyramid = [x]
         for size, layer in zip(_POOL_SIZES, self.pooled, strict=True):
-            pyramid.append(_enlarge(layer(F.adaptive_avg_pool2d(x, size)), x))
+            pyramid.append(_enlarge(layer(pool_to_grid(x, size)), x))
         pooled: Tensor = self.bottleneck(torch.cat(pyramid, dim=1))
         return pooled
 
@@ -279,8 +280,6 @@ def _convolution(before: int, width: int, kernel: int) -> nn.Sequential:
 
 
 def _enlarge(x: Tensor, like: Tensor) -> Tensor:
-    if x.shape[2:] == like.shape[2:]:
-        return x
     return F.interpolate(x, like.shape[2:], mode="bilinear", align_corners=False)
 
 
