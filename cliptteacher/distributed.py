@@ -56,25 +56,46 @@ def start_process(device: str = "auto") -> Process:
         torch.cuda.set_device(local_rank)
     if "WORLD_SIZE" not in os.environ:
         return Process(0, 0, 1, torch.device(device))
-    _join_group("nccl" if device == "cuda" else "gloo")
     chosen = torch.device(device, local_rank) if device == "cuda" else torch.device(device)
+    _join_group(chosen)
     return Process(dist.get_rank(), local_rank, dist.get_world_size(), chosen)
 
 
-def _join_group(backend: str) -> None:
+def _join_group(device: torch.device) -> None:
     """Join the group; after a restart not by the addresses of the attempt before.
 
     torchrun keeps one store over all attempts, so a process could read where a dead one listened,
     and be refused or wait for ever. On one machine the attempts are counted alike everywhere. On
     several they are not: there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives each a store of its own.
     """
+    options: dict[str, Any] = {"backend": "gloo"}
+    if device.type == "cuda":  # NCCL would guess the device of a process otherwise
+        options = {"backend": "nccl", "device_id": device}
     attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     if attempt == 0 or int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:
-        dist.init_process_group(backend)
+        dist.init_process_group(**options)
         return
     store, rank, world_size = next(iter(rendezvous("env://")))
     store = dist.PrefixStore(f"attempt_{attempt}", store)  # type: ignore[attr-defined]
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+    dist.init_process_group(**options, store=store, rank=rank, world_size=world_size)
+
+
+def set_precision(precision: str, process: Process) -> None:
+    """Prepare CUDA for training in a precision; says where the GPU has no units for it.
+
+    Args:
+        precision: "fp32", "tf32", "bf16" or "fp16".
+        process: this process.
+    """
+    if process.device.type != "cuda":
+        return
+    torch.backends.cudnn.benchmark = True  # batches have one size
+    if precision == "tf32":
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = True
+    native = torch.cuda.is_bf16_supported(including_emulation=False)
+    if precision == "bf16" and not native and process.is_main:
+        print("warning: this GPU has no units for bf16 and emulates them; --precision fp16 is fast")
 
 
 def stop_process() -> None:

@@ -27,7 +27,7 @@ from cliptteacher.checkpoint import student_content
 from cliptteacher.clip import class_text_features, load_clip
 from cliptteacher.command_line import one_sentence_errors
 from cliptteacher.data import SeenOnly, TrainingStream, open_dataset, training_transform
-from cliptteacher.distributed import Process, start_process, stop_process
+from cliptteacher.distributed import Process, set_precision, start_process, stop_process
 from cliptteacher.evaluation import evaluate, format_line, format_scores, scores_as_percent
 from cliptteacher.framework import CLIPTeacher, CLIPTeacherConfig
 from cliptteacher.inference import Predictor
@@ -112,9 +112,7 @@ def train(
         print(describe_run(recipe, config, groups, classes, len(dataset), process), flush=True)
 
     # Speed. Both compile in place, so that the names in checkpoints stay plain.
-    if config.precision == "tf32":
-        torch.set_float32_matmul_precision("high")
-        torch.backends.cudnn.allow_tf32 = True
+    set_precision(config.precision, process)
     if config.compile:
         student.compile()
         clip.visual.compile()

@@ -236,9 +236,17 @@ class Swin(Student):
             )
             self.auxiliary.apply(_initialize)
 
-    def forward(self, images: Tensor) -> Tensor:
-        features: Tensor = self.head(self._encode(images))
-        return features
+    def forward(self, images: Tensor, auxiliary: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """Compute the features, or those of both heads; see `forward_with_auxiliary`."""
+        maps: list[Tensor] = self.backbone(self.normalize(images))
+        features: Tensor = self.head(maps)
+        if not auxiliary:
+            return features
+        if self.auxiliary is None:
+            raise RuntimeError(
+                "the model must have an auxiliary head, got none; build it with auxiliary=True"
+            )
+        return features, self.auxiliary(maps[2])
 
     def forward_with_auxiliary(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the features and those of the auxiliary head, for a second loss in training.
@@ -252,16 +260,8 @@ class Swin(Student):
         Raises:
             RuntimeError: If the model was built without `auxiliary=True`.
         """
-        if self.auxiliary is None:
-            raise RuntimeError(
-                "the model must have an auxiliary head, got none; build it with auxiliary=True"
-            )
-        maps = self._encode(images)
-        return self.head(maps), self.auxiliary(maps[2])
-
-    def _encode(self, images: Tensor) -> list[Tensor]:
-        maps: list[Tensor] = self.backbone(self.normalize(images))
-        return maps
+        features, auxiliary = self(images, auxiliary=True)  # so that a compiled `forward` runs
+        return features, auxiliary
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
         # A student trained with an auxiliary head is used without it.
