@@ -113,6 +113,9 @@ def test_a_small_campaign(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     for pending in (2, 0):
         records = mutation.run_campaign([good, same], tmp_path, jobs=1, limit=200)
         assert f"2 mutants, {pending} to run" in capsys.readouterr().out
-        assert records[good.title]["first_failure"] == "tests/test_fusion.py::test_by_hand[the batch at once]"
+        assert (
+            records[good.title]["first_failure"]
+            == "tests/test_fusion.py::test_by_hand[the batch at once]"
+        )
         assert records[same.title]["first_failure"] == ""
     assert (tmp_path / "mutation.json").exists()
