@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -95,7 +96,10 @@ def set_precision(precision: str, process: Process) -> None:
         torch.backends.cudnn.allow_tf32 = True
     native = torch.cuda.is_bf16_supported(including_emulation=False)
     if precision == "bf16" and not native and process.is_main:
-        print("warning: this GPU has no units for bf16 and emulates them; --precision fp16 is fast")
+        warnings.warn(
+            "this GPU has no units for bf16 and emulates them; --precision fp16 is fast",
+            stacklevel=2,
+        )
 
 
 def stop_process() -> None:

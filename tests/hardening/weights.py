@@ -48,10 +48,10 @@ def changed(draw: Draw, state: State) -> tuple[State, bool]:
         *(
             "same",
             "prefix",
-            "half",
+            "double",
             "drop",
             "rename",
-            "double",
+            "twice",
             "shape",
             "kind",
             "nan",
@@ -67,15 +67,13 @@ def changed(draw: Draw, state: State) -> tuple[State, bool]:
         case "prefix":
             wrap = draw.one("module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.")
             return {wrap + k: v for k, v in state.items()}, True
-        case "half":  # the numbers of the small CLIP are exact in it
-            return {
-                k: v.bfloat16().half() if draw.one(False, False) else v for k, v in state.items()
-            }, True
+        case "double":
+            return {k: v.double() if v.is_floating_point() else v for k, v in state.items()}, True
         case "drop":
             return rest, False
         case "rename":
             return {**rest, name[:-1] + "x": tensor}, False
-        case "double":
+        case "twice":
             return {**state, f"module.{name}": tensor}, False
         case "shape":
             return {
