@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from . import IGNORE_INDEX
 from .clip import CLIP, ImageFeatures, class_text_features
+from .clip.settings import architecture_name
 from .distributed import mean_over_processes
 from .glm import GlobalLearningModule, Pooling, split_windows
 from .logits import Similarity, pixel_logits
@@ -112,6 +113,13 @@ class CLIPTeacher(nn.Module):
         # An adapter that no term uses would get no gradient, and DDP waits for all gradients.
         plm_config = config if self.uses_adapter else replace(config, adapter="identity")
         self.plm = PixelLearningModule(clip.embed_dim, plm_config)
+
+    def __repr__(self) -> str:
+        """Name teacher, student and number of classes; the layers are those of ``segmenter``."""
+        sizes, built = self.clip.config, getattr(self.segmenter, "build_arguments", None) or {}
+        teacher = architecture_name(sizes.vision_width, sizes.patch_size)
+        student = built.get("name", type(self.segmenter).__name__)
+        return f"CLIPTeacher({teacher} -> {student}, {len(self.seen_names)} seen classes)"
 
     @property
     def clip(self) -> CLIP:

@@ -206,6 +206,11 @@ class TrainedSegmenter:
     checkpoint: dict[str, Any]
     unread: tuple[str, ...] = ()
 
+    def __repr__(self) -> str:
+        name = self.checkpoint.get("segmenter_name") or type(self.segmenter).__name__
+        words = ", ".join((*self.class_names[:5], *["..."] * (len(self.class_names) > 5)))
+        return f"TrainedSegmenter({name}, {len(self.class_names)} words: {words})"
+
     def __call__(
         self,
         image: ImageLike,

@@ -25,7 +25,7 @@ LEVELS = {
     ),
     **dict.fromkeys(("framework", "inference", "visualize"), 2),
     **dict.fromkeys(("evaluation", "export", "training"), 3),
-    "report": 4,
+    **dict.fromkeys(("report", "__main__"), 4),
 }
 BESIDE = {
     "download": {"files"},
@@ -33,7 +33,7 @@ BESIDE = {
     "checkpoint": {"files", "logits", "tensors"},
     "command_line": {"files"},
 }
-ROOT = {"IGNORE_INDEX"}  # what the rooms take from the package itself
+ROOT = {"IGNORE_INDEX", "__version__"}  # what the rooms take from the package itself
 LEAVES = ("kmeans", "fusion", "losses", "metrics", "logits", "sliding")
 PACKAGES = {"torch", "torchvision", "ftfy", "regex", "numpy", "PIL"}
 ALONE = (*LEAVES, "vla", "distributed", "clip/model")

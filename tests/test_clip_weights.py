@@ -51,7 +51,7 @@ def test_loaded_model_is_frozen_and_draws_no_random_number(clip: CLIP, tmp_path:
 
 
 def test_bundled_model() -> None:
-    assert module._BUNDLED.stat().st_size <= 8_000_000
+    assert module.BUNDLED.stat().st_size <= 8_000_000
     clip = load_clip()
     features = class_text_features(clip, ["grass", "star"])
     assert features.shape == (2, clip.embed_dim)

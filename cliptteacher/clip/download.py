@@ -54,6 +54,13 @@ def download_weights(
         ValueError: what was downloaded has the wrong SHA-256.
         OSError: the cache cannot be written.
     """
-    cache = Path(cache_dir or os.environ.get("CLIPTTEACHER_CACHE") or "~/.cache/clip").expanduser()
-    target = cache / published.url.rsplit("/", 1)[1]
+    target = cached_weights(published, cache_dir)
     return download(published.url, target, digest=published.sha256)
+
+
+def cached_weights(
+    published: PublishedWeights, cache_dir: str | os.PathLike[str] | None = None
+) -> Path:
+    """Return where the copy of published weights lies or would lie."""
+    cache = Path(cache_dir or os.environ.get("CLIPTTEACHER_CACHE") or "~/.cache/clip").expanduser()
+    return cache / published.url.rsplit("/", 1)[1]

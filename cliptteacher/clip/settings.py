@@ -31,6 +31,16 @@ class Settings(NamedTuple):
     text_heads: int | None = None
 
 
+def architecture_name(vision_width: int, patch_size: int) -> str:
+    """Name a vision transformer by its width, as its authors did; by its width where they did not.
+
+    >>> architecture_name(768, 16), architecture_name(96, 8)
+    ('ViT-B/16', 'ViT-96/8')
+    """
+    letter = {384: "S", 768: "B", 1024: "L", 1280: "H"}.get(vision_width, str(vision_width))
+    return f"ViT-{letter}/{patch_size}"
+
+
 def read_settings(folder: Path, weights: Mapping[str, Tensor], *, hugging_face: bool) -> Settings:
     """Read the settings of a model from the files that stand beside its weights.
 

@@ -41,7 +41,7 @@ from .model import CLIP, IMAGE_MEAN, IMAGE_STD, OPENAI_SIZES, Activation, CLIPCo
 from .settings import Settings, read_settings
 
 _FORMAT = "cliptteacher-clip-1"
-_BUNDLED = Path(__file__).with_name("miniworld.pt")
+BUNDLED = Path(__file__).with_name("miniworld.pt")
 _FILES_IN_A_FOLDER = (
     *("model.safetensors", "pytorch_model.bin"),  # Hugging Face
     *("model.safetensors.index.json", "pytorch_model.bin.index.json"),  # the same, in shards
@@ -141,7 +141,7 @@ def save_clip(
 def _find(source: str | os.PathLike[str], cache_dir: str | os.PathLike[str] | None) -> Path:
     """Return the file that a source means."""
     if source == "miniworld":
-        path = _BUNDLED
+        path = BUNDLED
     elif isinstance(source, str) and source in OPENAI_WEIGHTS:
         path = download_weights(OPENAI_WEIGHTS[source], cache_dir)
     else:

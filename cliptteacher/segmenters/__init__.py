@@ -19,11 +19,17 @@ from .adapt import AdaptedSegmenter, adapt_segmenter
 from .fpn import FPNSegmenter
 from .segformer import SEGFORMER_CONFIGS, Segformer, SegformerConfig
 from .segnext import SEGNEXT_CONFIGS, SegNeXt, SegNeXtConfig
-from .segnext_weights import load_segnext_weights, read_segnext_weights
+from .segnext_weights import SEGNEXT_IMAGENET, load_segnext_weights, read_segnext_weights
 from .student import BuildArguments, Student
 from .swin import SWIN_CONFIGS, Swin, SwinConfig
-from .swin_weights import load_swin_weights, read_swin_weights
-from .weights import MisfitError, load_segformer_weights, read_segformer_weights
+from .swin_weights import SWIN_IMAGENET, load_swin_weights, read_swin_weights
+from .weights import (
+    SEGFORMER_IMAGENET,
+    MisfitError,
+    cached,
+    load_segformer_weights,
+    read_segformer_weights,
+)
 from .zoo import TORCHVISION_NETWORKS, build_torchvision
 
 __all__ = [
@@ -37,6 +43,7 @@ __all__ = [
     "SwinConfig",
     "adapt_segmenter",
     "build_segmenter",
+    "imagenet_file",
     "list_segmenters",
     "rebuild_segmenter",
 ]
@@ -84,6 +91,20 @@ def build_segmenter(
         name=name, channels=channels, options={key: _plain(v) for key, v in options.items()}
     )
     return model
+
+
+def imagenet_file(name: str) -> Path | None:
+    """Return where the ImageNet weights of a student lie or would lie; None if it has none."""
+    file = {**SEGFORMER_IMAGENET, **SEGNEXT_IMAGENET}.get(name)
+    if file is not None:
+        return cached(file)
+    network = TORCHVISION_NETWORKS.get(name)
+    enumeration = SWIN_IMAGENET.get(name) or (network and network.weights)
+    if enumeration is None:
+        return None
+    from torchvision.models import get_weight  # slow to import
+
+    return cached(get_weight(f"{enumeration}.IMAGENET1K_V1").url)
 
 
 def rebuild_segmenter(content: Mapping[str, Any], path: str | Path) -> Student | AdaptedSegmenter:

@@ -207,8 +207,13 @@ def fetch(url: str) -> Path:
         ValueError: If the hash is another.
         OSError: If the cache cannot be written.
     """
-    path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
+    path = cached(url)
     return download(url, path, digest=path.stem.rsplit("-", 1)[1])
+
+
+def cached(url: str) -> Path:
+    """Return where the copy of a published file lies or would lie."""
+    return Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
 
 
 def _is_pair(first: Tensor, second: Tensor | None) -> bool:
