@@ -150,3 +150,16 @@ def test_onnx_of_swin(
     output = str(tmp_path / "student.onnx")
     program.main(["--checkpoint", str(tmp_path / "student.pt"), "--output", output])
     assert "20 pictures of 10 sizes:" in capsys.readouterr().out
+
+
+def test_the_table_of_the_page_is_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every label equals the predictor's, up to ties that rounding decides."""
+    benchmarks = EXAMPLES.parent / "benchmarks"
+    monkeypatch.syspath_prepend(str(benchmarks))
+    rows = json.loads((benchmarks / "results" / "exported.json").read_text())
+    table = importlib.import_module("exported").format_table(rows)
+    assert table in (benchmarks / "export.md").read_text()
+    for kinds in rows.values():
+        for ending in (".pt2", ".onnx"):
+            assert kinds[ending]["pictures"] == 100
+            assert kinds[ending]["widest"] <= 2 * kinds[ending]["largest"] < 1e-4

@@ -83,7 +83,7 @@ def test_links_lead_somewhere(page: Path) -> None:
     text = FENCE.sub("", page.read_text())
     missing = []
     for link in re.findall(r"\]\(([^)\s]+)\)", text):
-        if "://" in link:
+        if "://" in link or link.startswith("../../actions/"):  # of the repository's own site
             continue
         name, _, anchor = link.partition("#")
         target = (page.parent / name) if name else page
@@ -123,3 +123,10 @@ text = "python examples/other.py --y"
     assert unknown_flags(first) == {"--segmenter-weight"}
     assert second[1:] == ["--no-photometric", "--gamma=1"] and unknown_flags(second) == set()
     assert third == ["examples/nothing.py", "--x"]
+
+
+@every_page
+def test_published_commands_fix_their_length(page: Path) -> None:
+    """Iterations, not minutes: with minutes the machine decides what comes out."""
+    commands = [command for command in commands_of(page.read_text()) if "--minutes" in command]
+    assert commands == []
