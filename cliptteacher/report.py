@@ -160,10 +160,10 @@ def _curves(losses: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[s
             (row["step"], row[key]) for row in losses if isinstance(row.get(key), int | float)
         ]
         top = max((y for _, y in points[len(points) // 10 :]), default=0.0)
-        charts.append(line_chart({key: [(x, min(y, top)) for x, y in points]}, key))
+        charts.append(line_chart({key: [p for p in points if p[1] <= top or key == "lr"]}, key))
     note = (
-        "Scores in percent; losses as they enter the total, cut in the first tenth where they are "
-        "above all that follows; step of training below."
+        "Scores in percent; losses as they enter the total, without the points of the first tenth "
+        "that are above all later ones; step of training below."
     )
     return f'<p class="note">{note}</p><div class="row">{"".join(charts)}</div>'
 
