@@ -337,8 +337,12 @@ def load_segmenter(path: str | Path, segmenter: nn.Module | None = None) -> Trai
     weights, name = content.pop("segmenter"), content["segmenter_name"]
     segmenter = rebuild_segmenter(content, path) if segmenter is None else segmenter
     try:
-        wrapped = weights.keys() != segmenter.state_dict().keys()
-        segmenter.load_state_dict(without_prefixes(weights) if wrapped else weights)
+        expected = segmenter.state_dict()
+        weights = without_prefixes(weights) if weights.keys() != expected.keys() else weights
+        for key in weights.keys() & expected.keys():  # loading would convert in silence
+            if expected[key].is_floating_point() != weights[key].is_floating_point():
+                raise ValueError(f"{key!r} holds {weights[key].dtype}, not {expected[key].dtype}")
+        segmenter.load_state_dict(weights)
     except (RuntimeError, ValueError) as error:  # torch lists every tensor; the first says enough
         difference = " ".join(str(error).split("\n")[:2])[:200]
         raise ValueError(

@@ -130,6 +130,34 @@ def test_load_segmenter_rejects_other_weights(tmp_path: Path) -> None:
         load_segmenter(tmp_path / "none.pt")
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t > 0, "'conv.weight' holds torch.bool, not torch.float32"),
+        (lambda t: t.long(), "'conv.weight' holds torch.int64, not torch.float32"),
+        (lambda t: t * float("nan"), "the entry 'segmenter' of .*student.pt is missing or of the"),
+        (lambda t: t[:1], "size mismatch for conv.weight"),
+    ],
+)
+def test_weights_of_another_kind_are_refused(tmp_path: Path, change: Any, message: str) -> None:
+    student = Student()
+    state = student.state_dict()
+    student.state_dict = lambda: {**state, "conv.weight": change(state["conv.weight"])}  # type: ignore[method-assign,assignment]
+    with pytest.raises(ValueError, match=message):
+        load_segmenter(saved(tmp_path, student), Student())
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.module."])
+def test_weights_of_a_wrapped_student_load(tmp_path: Path, prefix: str) -> None:
+    student = Student()
+    state = student.state_dict()
+    student.state_dict = lambda: {f"{prefix}{k}": v for k, v in state.items()}  # type: ignore[method-assign,assignment]
+    other = Student()
+    nn.init.zeros_(other.conv.weight)
+    load_segmenter(saved(tmp_path, student), other)
+    assert torch.equal(other.conv.weight, state["conv.weight"])
+
+
 def test_names_and_text_features_must_be_equally_many(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"one row per name, got 4 rows for 2 names"):
         saved(tmp_path, Student(), names=("cat", "dog"))
