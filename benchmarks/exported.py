@@ -72,7 +72,8 @@ def measure(name: str, pictures: int, folder: Path) -> dict[str, Any]:
     start = time.time()
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        return {"error": done.stderr.strip().splitlines()[-1]}
+        said = done.stderr.strip().splitlines() or [f"ended with status {done.returncode}"]
+        return {"error": said[-1]}
     return {"seconds": time.time() - start, **read_json(figures)}
 
 

@@ -630,16 +630,17 @@ FREE_SIZE = [
     ("no bias of positions", "scores = scores + layer.get_relative_position_bias()", "scores = scores + 0"),
 ]
 
+MODULE = {"select": "module_does or stays or windows"}  # the others trace, for minutes
 EXPORT = [
-    ("sides rounded down", "(sides * factor + 0.5).floor()", "(sides * factor).floor()"),
-    ("the short side decides alone", "torch.minimum(long / sides.max(), short / sides.min())", "short / sides.min()"),
-    ("no antialiasing", "reach = torch.sym_max(1.0, scale)", "reach = 1.0"),
-    ("pixels by their corners", "(torch.arange(target) + 0.5) * scale", "torch.arange(target) * scale"),
-    ("mirrored cells kept", "return features[:, :, :rows, :columns]", "return features"),
-    ("the last row twice", "last = side - 1", "last = side"),
-    ("no bonus", "logits = logits + self.bonus[:, None, None]", "logits = logits + 0"),
-    ("the student itself is changed", "copy.deepcopy(predictor)", "predictor"),
-    ("windows accepted", 'if predictor.mode != "whole":', "if False:"),
+    ("sides rounded down", "(sides * factor + 0.5).floor()", "(sides * factor).floor()", MODULE),
+    ("the short side decides alone", "torch.minimum(long / sides.max(), short / sides.min())", "short / sides.min()", MODULE),
+    ("no antialiasing", "reach = torch.sym_max(1.0, scale)", "reach = 1.0", MODULE),
+    ("pixels by their corners", "(torch.arange(target) + 0.5) * scale", "torch.arange(target) * scale", MODULE),
+    ("mirrored cells kept", "return features[:, :, :rows, :columns]", "return features", MODULE),
+    ("the last row twice", "last = side - 1", "last = side", MODULE),
+    ("no bonus", "logits = logits + self.bonus[:, None, None]", "logits = logits + 0", MODULE),
+    ("the student itself is changed", "copy.deepcopy(predictor)", "predictor", MODULE),
+    ("windows accepted", 'if predictor.mode != "whole":', "if False:", MODULE),
 ]
 
 SYNONYMS = [
