@@ -14,6 +14,7 @@ for a number of its own and not for a formula that every layer below would have 
 
 import copy
 import importlib.util
+from inspect import signature
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ from .segmenters.free_size import free_sizes
 
 INPUT, OUTPUTS = "images", ("labels", "logits")
 OPSET = 20  # of ONNX
+_DEFER = "prefer_deferred_runtime_asserts_over_guards"  # an argument that older versions lack
 _EXAMPLE = (2, 3, 107, 149)  # of tracing; no two sizes alike, none a multiple of a stride
 
 
@@ -111,7 +113,15 @@ def export_program(predictor: Predictor) -> ExportedProgram:
 
     Returns:
         A program for the CPU; `torch.export.save` writes it.
+
+    Raises:
+        ValueError: the predictor slides windows, or this torch is too old to trace free sizes.
     """
+    if _DEFER not in signature(torch.export.export).parameters:
+        raise ValueError(
+            "exporting needs a torch whose torch.export defers its assertions, got "
+            f"{torch.__version__}; run `pip install --upgrade torch torchvision`"
+        )
     model = ExportableSegmenter(predictor).eval()
     example = torch.zeros(_EXAMPLE, dtype=torch.uint8)
     free = {0: Dim("batch"), 2: Dim("height"), 3: Dim("width")}

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cliptteacher.export import ExportableSegmenter, save_onnx
+from cliptteacher.export import ExportableSegmenter, export_program, save_onnx
 from cliptteacher.inference import Predictor, save_segmenter
 from cliptteacher.segmenters import build_segmenter
 
@@ -66,6 +66,12 @@ def test_the_predictor_itself_stays_as_it_was() -> None:
 def test_windows_are_refused() -> None:
     with pytest.raises(ValueError, match='must have the mode "whole" to be exported, got \'slide'):
         ExportableSegmenter(predictor(mode="slide"))
+
+
+def test_an_old_torch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.export, "export", lambda module, args: None)
+    with pytest.raises(ValueError, match="exporting needs a torch whose torch.export defers"):
+        export_program(predictor())
 
 
 def test_onnx_without_its_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
