@@ -166,7 +166,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         content = read_torch(path)
     except ValueError as error:
-        raise ValueError(f"{path} must be a checkpoint that train.py wrote: {error}") from error
+        raise ValueError(
+            f"{path} must be a checkpoint of cliptteacher, but it holds more than tensors and plain "
+            "values or is damaged; take one that train.py wrote"
+        ) from error
     found = content.get("format") if isinstance(content, dict) else None
     if not isinstance(content, dict) or found != FORMAT:
         raise ValueError(f"{path} must be a checkpoint of the format {FORMAT}, got {found!r:.60}")
@@ -206,7 +209,9 @@ _ENTRIES: dict[str, Callable[[Any], bool]] = {
     "segmenter_name": lambda v: v is None or isinstance(v, str),
     "segmenter_options": lambda v: isinstance(v, dict) and all(isinstance(k, str) for k in v),
     "channels": _is_whole,
-    "class_names": lambda v: _is_list(v, lambda name: isinstance(name, str) and bool(name.strip())),
+    "class_names": lambda v: _is_list(
+        v, lambda name: isinstance(name, str) and any(map(str.isalnum, name))
+    ),
     "unseen": lambda v: _is_list(v, _is_whole),
     "text_features": _is_matrix,
     "gamma": _is_number,

@@ -105,7 +105,10 @@ def read_words(text: str) -> tuple[str, ...]:
     if text.lower().endswith(".txt"):
         found = read_text(text).splitlines()
     else:
-        found = next(csv.reader([text], skipinitialspace=True), [])
+        try:
+            found = next(csv.reader([text], skipinitialspace=True), [])
+        except csv.Error:
+            raise ValueError(f"the words must stand in one line, got {text!r:.80}") from None
     words = tuple(" ".join(word.split()) for word in found if word.strip())
     repeated = sorted({word for word in words if words.count(word) > 1})
     if not 1 <= len(words) <= MAX_WORDS or repeated:

@@ -88,12 +88,12 @@ def set_precision(precision: str, process: Process) -> None:
         precision: "fp32", "tf32", "bf16" or "fp16".
         process: this process.
     """
-    if process.device.type != "cuda":
-        return
-    torch.backends.cudnn.benchmark = True  # batches have one size
     if precision == "tf32":
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = True
+    if process.device.type != "cuda":
+        return
+    torch.backends.cudnn.benchmark = True  # batches have one size
     native = torch.cuda.is_bf16_supported(including_emulation=False)
     if precision == "bf16" and not native and process.is_main:
         warnings.warn(

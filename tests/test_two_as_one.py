@@ -104,13 +104,15 @@ def stop_signals(rank: int) -> list[bool]:
 
 
 def bad_image(rank: int) -> dict[str, Any]:
-    """The second process alone has an image that is not finite, in the second of three steps."""
+    """The second process alone has features that are not finite, in the second of three steps."""
     model, finite = build(), FiniteCheck(torch.device("cpu"))
     wrapped, found = DistributedDataParallel(model), []
+    factor = torch.ones(())
+    model.segmenter.register_forward_hook(lambda *call: call[2] * factor)
     for step in range(3):
         images, labels = batch(step)
-        own = images[2 * rank : 2 * rank + 2] * (torch.nan if (rank, step) == (1, 1) else 1.0)
-        losses = wrapped(own, labels[2 * rank : 2 * rank + 2])
+        factor.fill_(torch.nan if (rank, step) == (1, 1) else 1.0)
+        losses = wrapped(images[2 * rank : 2 * rank + 2], labels[2 * rank : 2 * rank + 2])
         model.zero_grad()
         finite.add(losses)
         losses["total"].backward()
