@@ -167,8 +167,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         content = read_torch(path)
     except ValueError as error:
         raise ValueError(
-            f"{path} must be a checkpoint of cliptteacher, but it holds more than tensors and plain "
-            "values or is damaged; take one that train.py wrote"
+            f"{path} must be a checkpoint of cliptteacher, but it holds more than tensors and "
+            "plain values or is damaged; take one that train.py wrote"
         ) from error
     found = content.get("format") if isinstance(content, dict) else None
     if not isinstance(content, dict) or found != FORMAT:
@@ -177,7 +177,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     wrong = wrong or _compare_entries(content, path)
     if wrong:
         raise ValueError(
-            f"the entry {wrong[0]!r} of {path} is missing or of the wrong kind; take a checkpoint "
+            f"the entry {wrong[0]!r} of {path} is missing or of the wrong type; take a checkpoint "
             "that train.py or save_segmenter wrote"
         )
     return content
