@@ -17,7 +17,6 @@ asks for the newest checkpoint of a run gets the one before it, with a warning. 
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import re
 import shutil
@@ -195,7 +194,7 @@ def _is_list(value: object, good: Callable[[Any], bool]) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, float) and math.isfinite(value)
+    return isinstance(value, float) and abs(value) < 1e38  # float32 holds no more; NaN is false
 
 
 def _is_matrix(value: object) -> bool:
