@@ -185,8 +185,12 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 _MISSING = object()
 
 
-def _is_whole(value: object, low: int = 0) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= low
+def _is_whole(value: object, low: int = 0, high: int = 2**63) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value < high
+
+
+def _is_side(value: object) -> bool:
+    return _is_whole(value, low=1, high=2**15)  # pixels; a larger picture would fill any memory
 
 
 def _is_list(value: object, good: Callable[[Any], bool]) -> bool:
@@ -216,8 +220,8 @@ _ENTRIES: dict[str, Callable[[Any], bool]] = {
     "gamma": _is_number,
     "logit_scale": _is_number,
     "similarity": lambda v: v in get_args(Similarity),
-    "resize": lambda v: _is_list(v, partial(_is_whole, low=1)) and len(v) in (0, 2),
-    "size_divisor": partial(_is_whole, low=1),
+    "resize": lambda v: _is_list(v, _is_side) and len(v) in (0, 2),
+    "size_divisor": _is_side,
     # Of newer ones only.
     "templates": lambda v: v is _MISSING or v in ("single", "ensemble"),
     "clip": lambda v: v in (_MISSING, None) or isinstance(v, str),
