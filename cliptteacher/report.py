@@ -21,9 +21,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from . import IGNORE_INDEX
 from .data import SegmentationDataset
-from .data.splits import ClassSplit
+from .data.splits import ClassSplit, most_varied
 from .data.transforms import cut_to_patches
 from .evaluation import PANEL_IMAGES, SCORES
 from .files import read_json, write_text
@@ -33,7 +32,7 @@ from .inference import Predictor
 from .metrics import confusion_matrix
 from .pages import css, line_chart, page, picture, table, text
 from .palette import word_palette
-from .segmenters.student import evaluating
+from .segmenters.student import eval_view
 from .visualize import cluster_map, heat_map, prediction_panel
 
 IMAGES = 64  # that are looked at
@@ -211,23 +210,15 @@ def _teacher(
     """Attention and clusters of the images with the most seen and unseen classes."""
     clip, device = model.clip, next(model.segmenter.parameters()).device
     lookup = ClassSplit(dataset.class_names, dataset.unseen).seen_lookup()
-
-    def variety(index: int) -> tuple[int, int]:
-        present = set(dataset[index][1].flatten().tolist()) - {IGNORE_INDEX}
-        hidden = len(present & set(dataset.unseen))
-        return min(hidden, len(present) - hidden), len(present)
-
-    order = sorted(range(min(IMAGES, len(dataset))), key=variety, reverse=True)
     note = (
         "Image; attention of the CLS token over the features of the student; groups of tokens that "
         "the PLM finds where no seen class is labelled, in grey the rest."
     )
     parts = [f'<p class="note">{note}</p>']
-    for index in order[:TEACHER_IMAGES]:
+    for index in most_varied(dataset, IMAGES, TEACHER_IMAGES):
         image, labels = cut_to_patches(*dataset[index], clip.patch_size, scale)
         pixels = image[None].to(device).float() / 255
-        with evaluating(model.segmenter):
-            dense = model.segmenter(pixels)
+        dense = eval_view(model.segmenter)(pixels)
         teacher = model.encode(pixels)
         tokens = teacher.dense if model.config.tokens == "projected" else teacher.final
         seen = lookup[labels.long()][None].to(device)

@@ -147,23 +147,16 @@ def make_student(args: argparse.Namespace) -> tuple[TrainedSegmenter, Synonyms]:
     templates = None if args.template is None else [args.template]
     if args.clip_only and (args.clip is None or names is None):
         raise ValueError("--clip-only needs a CLIP and words; name them with --clip and --classes")
-    if names is None:
-        student = load_segmenter(args.checkpoint)
-        names = student.class_names
-        synonyms = Synonyms(names, names, tuple(range(len(names))))  # a slash stays a slash
-        if templates is not None:
-            student = student.with_words(
-                names, args.clip, templates=templates, **clip_settings(args)
-            )
+    synonyms = None if names is None else split_synonyms(names)
+    if args.clip_only and synonyms is not None:
+        clip = load_clip(args.clip, **clip_settings(args))
+        student = clip_segmenter(clip, synonyms.words, templates or "single")
     else:
-        synonyms = split_synonyms(names)
-        if args.clip_only:
-            student = clip_segmenter(
-                load_clip(args.clip, **clip_settings(args)), synonyms.words, templates or "single"
-            )
-        else:
-            trained = load_segmenter(args.checkpoint)
-            student = trained.with_words(
+        student = load_segmenter(args.checkpoint)
+        own = student.class_names  # whose slashes stay slashes
+        synonyms = synonyms or Synonyms(own, own, tuple(range(len(own))))
+        if names is not None or templates is not None:
+            student = student.with_words(
                 synonyms.words, args.clip, templates=templates, **clip_settings(args)
             )
     unseen = synonyms.words_of(synonyms.unseen(student.unseen))

@@ -29,7 +29,7 @@ from cliptteacher import IGNORE_INDEX
 from cliptteacher.clip import CLIP, ImageFeatures
 from cliptteacher.command_line import add_clip_flags, clip_settings, number, one_sentence_errors
 from cliptteacher.data import SegmentationDataset, open_dataset
-from cliptteacher.data.splits import ClassSplit
+from cliptteacher.data.splits import ClassSplit, most_varied
 from cliptteacher.data.transforms import cut_to_patches
 from cliptteacher.files import write_json
 from cliptteacher.glm import attention_weights
@@ -113,15 +113,8 @@ def choose_samples(
 ) -> list[Sample]:
     """Take the images with the most seen and unseen classes, whichever are fewer."""
     lookup = ClassSplit(dataset.class_names, dataset.unseen).seen_lookup()
-
-    def variety(index: int) -> tuple[int, int]:
-        present = set(dataset[index][1].unique().tolist()) - {IGNORE_INDEX}
-        unseen = len(present & set(dataset.unseen))
-        return min(unseen, len(present) - unseen), len(present)
-
-    order = sorted(range(len(dataset)), key=variety, reverse=True)[:count]
     samples: list[Sample] = []
-    for index in order:
+    for index in most_varied(dataset, len(dataset), count):
         image, labels = cut_to_patches(*dataset[index], patch, scale)
         samples.append(Sample(dataset.image_name(index), image, labels, lookup[labels.long()]))
     return samples

@@ -152,6 +152,23 @@ class SeenOnly(Dataset[tuple[Tensor, Tensor]]):
         return self._dataset.image_name(index)
 
 
+def most_varied(dataset: SegmentationDataset, among: int, count: int) -> list[int]:
+    """Choose the images with the most seen and unseen classes, whichever are fewer.
+
+    Args:
+        dataset: images with the labels of all classes.
+        among: only the first so many are looked at.
+        count: how many are chosen, at most.
+    """
+
+    def variety(index: int) -> tuple[int, int]:
+        present = set(torch.unique(dataset[index][1]).tolist()) - {IGNORE_INDEX}
+        unseen = len(present & set(dataset.unseen))
+        return min(unseen, len(present) - unseen), len(present)
+
+    return sorted(range(min(among, len(dataset))), key=variety, reverse=True)[:count]
+
+
 def _check_names(names: tuple[str, ...]) -> None:
     if not 1 <= len(names) <= MAX_CLASSES:
         raise ValueError(

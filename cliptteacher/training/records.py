@@ -42,14 +42,14 @@ _VARIABLES = (
 
 def default_output(recipe: str) -> Path:
     """Make a fresh run directory, ``runs/<recipe>-<date>``, with a number if that is taken."""
-    name = f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
-    runs = make_folder("runs")
+    plain = make_folder("runs") / f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = plain
     for number in itertools.count(2):
         with suppress(FileExistsError):  # of a run that was started in the same second
-            (runs / name).mkdir()
+            folder.mkdir()
             break
-        name = f"{name.removesuffix(f'-{number - 1}')}-{number}"
-    return runs / name
+        folder = plain.with_name(f"{plain.name}-{number}")
+    return folder
 
 
 def hold(folder: Path) -> IO[str]:
