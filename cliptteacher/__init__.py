@@ -55,6 +55,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time `__getattr__` im
 
 __version__ = "0.2.0"
 IGNORE_INDEX = 255  # the label of pixels without annotation
+PADDING_INDEX = 254  # the label of pixels that a crop was padded with: no unannotated area
 
 _HOME = {
     "CLIP": "clip",
@@ -91,7 +92,7 @@ _ROOMS = {
     ),
 }
 
-__all__ = sorted([*_HOME, *_ROOMS, "IGNORE_INDEX"])
+__all__ = sorted([*_HOME, *_ROOMS, "IGNORE_INDEX", "PADDING_INDEX"])
 
 
 def __getattr__(name: str) -> Any:

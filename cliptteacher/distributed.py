@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -100,6 +102,19 @@ def set_precision(precision: str, process: Process) -> None:
             "this GPU has no units for bf16 and emulates them; --precision fp16 is fast",
             stacklevel=2,
         )
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Compute float32 products in float32, whatever ``set_precision`` allows."""
+    precision = torch.get_float32_matmul_precision()
+    if precision != "highest":
+        torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        if precision != "highest":
+            torch.set_float32_matmul_precision(precision)
 
 
 def stop_process() -> None:

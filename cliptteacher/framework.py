@@ -20,13 +20,14 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from . import IGNORE_INDEX
+from . import IGNORE_INDEX, PADDING_INDEX
 from .clip import CLIP, ImageFeatures, class_text_features
 from .clip.settings import architecture_name
 from .distributed import mean_over_processes
-from .glm import GlobalLearningModule, Pooling, split_windows
-from .logits import Similarity, pixel_logits
+from .glm import GlobalLearningModule, Pooling, Query, split_windows
+from .logits import Similarity, class_chunks, pixel_logits, upsample, upsampled_logsumexp
 from .losses import NELoss, count_pairs, full_precision, nel
 from .options import holds
 from .plm import PixelLearningModule, PLMConfig, count_labelled, resize_nearest
@@ -40,6 +41,7 @@ class CLIPTeacherConfig(PLMConfig):
     similarity: Similarity = "dot"  # student features against text, in training and at inference
     logit_scale: float = 1.0  # factor of the seen logits
     glm_pooling: Pooling = "attention"  # Table 4: attention, mean, max
+    glm_query: Query = "raw"  # s of Eq. (1): as it is, or at unit length
     glm_windows: tuple[int, ...] = (1,)  # each of n x n windows has its CLS token; (1,): the image
     bank_size: int = 24  # iterations of CLS tokens that serve as negatives
     temperature: float = 0.07  # tau of Eq. (3)
@@ -70,8 +72,8 @@ class CLIPTeacher(nn.Module):
         config: options; default the literal reading of the paper.
 
     Raises:
-        ValueError: ``seen_names`` or ``config.glm_windows`` is empty, or the student has an
-            auxiliary head and ``config.auxiliary_weight`` is 0, or the reverse.
+        ValueError: ``seen_names`` is empty or too long, ``config.glm_windows`` is empty, or the
+            student has an auxiliary head and ``config.auxiliary_weight`` is 0, or the reverse.
     """
 
     seen_text: Tensor
@@ -84,9 +86,10 @@ class CLIPTeacher(nn.Module):
         config: CLIPTeacherConfig | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(seen_names, str) or not seen_names:
+        if isinstance(seen_names, str) or not 0 < len(seen_names) <= PADDING_INDEX:
             raise ValueError(
-                f"`seen_names` must be a list of at least one class name, got {seen_names!r}"
+                f"`seen_names` must be a list of 1 to {PADDING_INDEX} class names, got "
+                f"{len(seen_names) if len(seen_names) > PADDING_INDEX else repr(seen_names)}"
             )
         self.config = config = config or CLIPTeacherConfig()
         if not config.glm_windows or min(config.glm_windows) < 1:
@@ -107,7 +110,9 @@ class CLIPTeacher(nn.Module):
         text = class_text_features(clip, self.seen_names, config.templates)
         self.register_buffer("seen_text", text, persistent=False)
         self.glm = nn.ModuleList(  # a bank for every size of window
-            GlobalLearningModule(config.glm_pooling, config.bank_size, config.temperature)
+            GlobalLearningModule(
+                config.glm_pooling, config.bank_size, config.temperature, config.glm_query
+            )
             for _ in config.glm_windows
         )
         # An adapter that no term uses would get no gradient, and DDP waits for all gradients.
@@ -137,7 +142,8 @@ class CLIPTeacher(nn.Module):
 
         Args:
             images: (B, 3, H, W) uint8, or float in [0, 1]; sides are multiples of CLIP's patch.
-            labels: (B, H, W) integers: [0, S) in the order of ``seen_names``, 255 without label.
+            labels: (B, H, W) integers: [0, S) in the order of ``seen_names``, 255 without label,
+                254 for padding, which makes no pseudo labels.
             parts: calls that make one iteration (gradient accumulation); the CLS bank spans
                 iterations.
 
@@ -208,10 +214,15 @@ class CLIPTeacher(nn.Module):
                 f"{tuple(images.shape)}; crop both alike"
             )
         S = len(self.seen_names)
-        need = f"`labels` must hold integers 0..{S - 1}, or {IGNORE_INDEX} for no label"
+        need = (
+            f"`labels` must hold integers 0..{S - 1}, {IGNORE_INDEX} for no label, or "
+            f"{PADDING_INDEX} for padding"
+        )
         if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
             raise ValueError(f"{need}, got {labels.dtype}")
-        known = ((labels >= 0) & (labels < S)) | (labels == IGNORE_INDEX)
+        known = ((labels >= 0) & (labels < S)) | (labels >= PADDING_INDEX) & (
+            labels <= IGNORE_INDEX
+        )
         if not holds(known.all(), need):
             wrong = torch.unique(labels[~known])[:8].tolist()
             raise ValueError(f"{need}, got {wrong}; data.SeenOnly makes such labels")
@@ -234,21 +245,39 @@ class CLIPTeacher(nn.Module):
         return torch.stack(terms).mean()
 
     def _score_seen(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Seen logits (B, S, h, w) of features, and the labels (B, h, w) at that size."""
+        """Seen logits (B, S, h, w) of features; labels at the size of the losses, padding 255."""
         config = self.config
         logits = pixel_logits(features, self.seen_text, config.logit_scale, config.similarity)
-        return logits, resize_nearest(labels, (features.shape[2], features.shape[3]))
+        if config.loss_size == "features":
+            labels = resize_nearest(labels, (features.shape[2], features.shape[3]))
+        return logits, labels.masked_fill(labels == PADDING_INDEX, IGNORE_INDEX)
 
     def _nel(self, seen_logits: Tensor, near_labels: Tensor) -> NELoss:
         """Focal and dice, divided by the mean number of pairs of all processes."""
-        pairs = count_pairs(near_labels, len(self.seen_names), IGNORE_INDEX)
-        return nel(
-            seen_logits,
-            near_labels,
-            focal_weight=self.config.focal_weight,
-            dice_weight=self.config.dice_weight,
-            pair_count=mean_over_processes(pairs),
-        )
+        pairs = mean_over_processes(count_pairs(near_labels, len(self.seen_names), IGNORE_INDEX))
+
+        def of_classes(logits: Tensor, first: int) -> NELoss:
+            own = near_labels.long() - first
+            own = own.masked_fill((own < 0) | (own >= logits.shape[1]), IGNORE_INDEX)
+            return nel(
+                upsample(logits, near_labels.shape[1:]),
+                own,
+                focal_weight=self.config.focal_weight,
+                dice_weight=self.config.dice_weight,
+                pair_count=pairs,
+            )
+
+        chunks = class_chunks(seen_logits, near_labels.shape[1:])
+        if len(chunks) == 1:
+            return of_classes(seen_logits, 0)
+        # Some classes at a time, upsampled again in the backward pass: a pixel of another class is
+        # to focal and dice what one without a label is.
+        parts = [
+            checkpoint(of_classes, seen_logits[:, part], part.start, use_reentrant=False)
+            for part in chunks
+        ]
+        focal, dice = zip(*parts, strict=True)
+        return NELoss(torch.stack(focal).sum(), torch.stack(dice).sum())
 
     def encode(self, pixels: Tensor) -> ImageFeatures:
         """Compute the teacher's CLS tokens (B, C) and dense tokens (B, C, h, w), no gradient."""
@@ -273,16 +302,16 @@ def seen_cross_entropy(seen_logits: Tensor, labels: Tensor, over_processes: bool
 
     Args:
         seen_logits: (B, S, h, w).
-        labels: (B, h, w) integers in [0, S), 255 without label.
+        labels: (B, H, W) integers in [0, S), 255 without label; logits are brought to this size.
         over_processes: see ``plm.pixel_cross_entropy``.
 
     Returns:
         scalar, the mean over the labelled pixels; 0 without one.
     """
-    total = nn.functional.cross_entropy(
-        full_precision(seen_logits), labels.long(), ignore_index=IGNORE_INDEX, reduction="sum"
-    )
-    return total / count_labelled(labels != IGNORE_INDEX, over_processes)
+    labelled = labels != IGNORE_INDEX
+    total, own = upsampled_logsumexp(seen_logits, labels.long())
+    losses = (total - own).masked_fill(~labelled, 0.0)
+    return losses.sum() / count_labelled(labelled, over_processes)
 
 
 def distill_loss(features: Tensor, dense: Tensor) -> Tensor:

@@ -26,32 +26,40 @@ from .distributed import gather_rows
 from .losses import full_precision, info_nce
 
 Pooling = Literal["attention", "mean", "max"]
+Query = Literal["raw", "unit"]
 
 
-def attention_weights(features: Tensor, cls: Tensor) -> Tensor:
+def attention_weights(features: Tensor, cls: Tensor, query: Query = "raw") -> Tensor:
     """Compute the attention of the CLS token over all positions, Eq. (1), arXiv:2310.02296v1.
 
     Args:
         features: R (B, C, h, w), not normalised.
-        cls: s (B, C); normalised to unit length here.
+        cls: s (B, C).
+        query: "raw" takes s as it is, as the paper says; "unit" at unit length, which spreads the
+            attention more evenly.
 
     Returns:
         W (B, h, w) in full precision (float32, or float64 for float64), each map sums to 1.
     """
     B, C, h, w = features.shape
-    query = F.normalize(full_precision(cls), dim=1).to(features.dtype)
-    scores = full_precision(torch.einsum("bc,bchw->bhw", query, features)) / C**0.5
+    s = full_precision(cls)
+    s = F.normalize(s, dim=1) if query == "unit" else s
+    scores = torch.einsum("bc,bchw->bhw", s.to(features.dtype), features)
+    scores = full_precision(scores) / C**0.5
     weights: Tensor = scores.flatten(1).softmax(dim=1)
     return weights.reshape(B, h, w)
 
 
-def pool_features(features: Tensor, cls: Tensor, pooling: Pooling = "attention") -> Tensor:
+def pool_features(
+    features: Tensor, cls: Tensor, pooling: Pooling = "attention", query: Query = "raw"
+) -> Tensor:
     """Predict the CLS token from dense features, Eq. (1)-(2), arXiv:2310.02296v1.
 
     Args:
         features: R (B, C, h, w).
         cls: s (B, C).
         pooling: "attention" is the paper's; "mean" and "max" are the variants of Table 4.
+        query: of the attention, see ``attention_weights``.
 
     Returns:
         s_hat (B, C) in full precision
@@ -69,7 +77,7 @@ def pool_features(features: Tensor, cls: Tensor, pooling: Pooling = "attention")
     if pooling == "max":
         return full_precision(features).amax(dim=(2, 3))
     if pooling == "attention":
-        weights = attention_weights(features, cls).to(features.dtype)
+        weights = attention_weights(features, cls, query).to(features.dtype)
         return full_precision(torch.einsum("bhw,bchw->bc", weights, features))
     raise ValueError(f'`pooling` must be "attention", "mean" or "max", got {pooling!r}')
 
@@ -164,13 +172,19 @@ class GlobalLearningModule(nn.Module):
         pooling: how Eq. (1)-(2) pool; see ``pool_features``.
         bank_size: n of the CLS bank, in iterations.
         temperature: tau of Eq. (3).
+        query: s of Eq. (1); see ``attention_weights``.
     """
 
     def __init__(
-        self, pooling: Pooling = "attention", bank_size: int = 24, temperature: float = 0.07
+        self,
+        pooling: Pooling = "attention",
+        bank_size: int = 24,
+        temperature: float = 0.07,
+        query: Query = "raw",
     ) -> None:
         super().__init__()
         self.pooling: Pooling = pooling
+        self.query: Query = query
         self.temperature = temperature
         self.bank = CLSBank(bank_size)
 
@@ -190,7 +204,7 @@ class GlobalLearningModule(nn.Module):
         Deviation: the current batch enters the bank before the loss, so that the other images of
         the batch are negatives too; each image's own token is the positive, once.
         """
-        pooled = pool_features(features, cls, self.pooling)
+        pooled = pool_features(features, cls, self.pooling, self.query)
         everyone, first = gather_rows(cls)
         self.bank.insert(everyone, parts)
         return info_nce(

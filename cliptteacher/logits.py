@@ -10,15 +10,17 @@ Cost: B h w C K multiply-adds.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 Similarity = Literal["dot", "cosine"]
 _ABSENT = -1e4  # bias of absent classifiers; finite, and within float16
 _CLASSES_AT_ONCE = 32  # classes upsampled together when only labels are asked for
+_VALUES_AT_ONCE = 2**25  # logits upsampled together in training: 128 MiB
 
 
 def pixel_logits(
@@ -84,6 +86,69 @@ def upsampled_argmax(logits: Tensor, size: Sequence[int]) -> Tensor:
         labels = torch.where(value > best, index + first, labels)
         best = torch.maximum(best, value)
     return labels
+
+
+def class_chunks(logits: Tensor, size: Sequence[int]) -> list[slice]:
+    """Split the classes of logits (B, K, h, w) so that each part at ``size`` fits into 128 MiB."""
+    at_once = max(1, _VALUES_AT_ONCE // (logits.shape[0] * size[0] * size[1]))
+    return [slice(i, i + at_once) for i in range(0, logits.shape[1], at_once)]
+
+
+def upsampled_logsumexp(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute both parts of a cross entropy, log(sum_k exp(x_k)) - x_y, at the size of the labels.
+
+    Equal to ``upsample`` and then ``logsumexp`` and ``gather``, with a bounded number of classes in
+    memory: 272 classes for two crops of 512 pixels would take 0.5 GiB, three times over.
+
+    Args:
+        logits: (B, K, h, w).
+        labels: (B, H, W) int64 y; x_y is 0 where y is none of [0, K).
+
+    Returns:
+        log-sum-exp and x_y, both (B, H, W), at least float32.
+    """
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    both: tuple[Tensor, Tensor] = _LogSumExp.apply(wide, labels)
+    return both
+
+
+class _LogSumExp(torch.autograd.Function):
+    """Keeps the small logits for the backward pass, and makes the large ones again."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        size = labels.shape[1:]
+        own = logits.new_zeros(labels.shape)
+        total = torch.full_like(own, -torch.inf)
+        for part in class_chunks(logits, size):
+            x = upsample(logits[:, part], size)
+            total = torch.logaddexp(total, x.logsumexp(dim=1))
+            index, inside = _within(labels, part.start, x.shape[1])
+            own += x.gather(1, index).squeeze(1) * inside
+        ctx.save_for_backward(logits, labels, total)
+        return total, own
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, total_gradient: Tensor, own_gradient: Tensor) -> tuple[Tensor, None]:
+        logits, labels, total = ctx.saved_tensors
+        size = labels.shape[1:]
+        gradients: list[Tensor] = []
+        for part in class_chunks(logits, size):
+            with torch.enable_grad():
+                small = logits[:, part].detach().requires_grad_()
+                x = upsample(small, size)
+            slope = (x.detach() - total.unsqueeze(1)).exp_().mul_(total_gradient.unsqueeze(1))
+            index, inside = _within(labels, part.start, x.shape[1])
+            slope.scatter_add_(1, index, (own_gradient * inside).unsqueeze(1))
+            gradients += [slope] if x is small else torch.autograd.grad(x, small, slope)
+        return torch.cat(gradients, dim=1), None
+
+
+def _within(labels: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
+    """Index of every label among the classes from ``first`` on, (B, 1, H, W), and if it is one."""
+    index = labels - first
+    return index.clamp(0, count - 1).unsqueeze(1), (index >= 0) & (index < count)
 
 
 def _interpolate(maps: Tensor, size: Sequence[int]) -> Tensor:

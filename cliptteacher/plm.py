@@ -13,9 +13,11 @@ Section 3.3 of arXiv:2310.02296v1. One training step, for B images with N tokens
 
 Every image has ``slots`` label ids for its groups, used or not, so that all shapes are fixed and
 nothing waits for the device: label S + b * slots + g is group g of image b. Unused slots get a
-logit bias of -10^4.
+logit bias of -10^4. Padding of a crop (label 254) is no unannotated area: it is neither clustered
+nor averaged nor labelled.
 
-Cost: K-Means 2 * iterations * B N K C, logits B h w C (S + B * slots) multiply-adds.
+Cost: K-Means 2 * iterations * B N K C, prototypes B h w C (S + slots), logits B h w C (S + B *
+slots) multiply-adds.
 """
 
 from __future__ import annotations
@@ -28,26 +30,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import IGNORE_INDEX
-from .distributed import gather_rows, mean_over_processes, sum_over_processes
+from .distributed import (
+    exact_products,
+    gather_rows,
+    mean_over_processes,
+    sum_over_processes,
+)
 from .fusion import fuse_clusters
 from .kmeans import Seeding, masked_kmeans, multiscale_centers
-from .logits import Similarity, pixel_logits
+from .logits import Similarity, pixel_logits, upsampled_logsumexp
 from .losses import full_precision
 from .options import check_fields, field_types, without_none
 from .vla import Adapter, build_adapter
 
 NO_LABEL = -1  # pixels without any label; pseudo label ids pass 255, so 255 cannot serve
-_NO_MATCH = -1e4  # logit of classes that a pixel does not compete with; within float16
 IGNORED_SHARE = 0.5  # a token is clustered if more than this share of its pixels has no label
 
+LossSize = Literal["labels", "features"]
 PotentialScope = Literal["batch", "image"]
 GenerateLoss = Literal["mse", "bce"]
 
 
 class PixelTargets(NamedTuple):
-    """Labels of seen and potential classes at the resolution of the student's features."""
+    """Labels of seen and potential classes."""
 
-    labels: Tensor  # (B, h, w) int64: [0, S) seen, S + b * slots + g potential, -1 none
+    labels: Tensor  # (B, H, W) int64: [0, S) seen, S + b * slots + g potential, -1 none
     slots: int  # label ids of potential classes per image
 
 
@@ -84,7 +91,8 @@ def merge_labels(
     one.
 
     Args:
-        labels: (B, h, w) seen labels in [0, num_seen) or ``ignore_index``.
+        labels: (B, h, w) seen labels in [0, num_seen), ``ignore_index``, or another number, such as
+            that of padding, which is no label.
         groups: (B, h, w) groups in [0, slots) or -1.
         num_seen: S.
         slots: label ids of potential classes per image; groups from ``slots`` on are dropped.
@@ -97,34 +105,52 @@ def merge_labels(
     first = num_seen + slots * torch.arange(B, device=labels.device).view(B, 1, 1)
     found = (groups >= 0) & (groups < slots)
     potential = torch.where(found, groups + first, NO_LABEL)
-    return torch.where(labels == ignore_index, potential, labels.long())
+    seen = torch.where(labels < num_seen, labels.long(), NO_LABEL)
+    return torch.where(labels == ignore_index, potential, seen)
 
 
 def class_prototypes(
-    features: Tensor, labels: Tensor, num_labels: int, over_processes: bool = False
+    features: Tensor,
+    labels: Tensor,
+    num_seen: int,
+    slots: int,
+    among: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Average the features of every label over the batch, Eq. (7), arXiv:2310.02296v1.
 
+    A product with the labels of each image as one-hot rows: it adds in a fixed order on every
+    device and keeps no copy of the features.
+
     Args:
         features: R (B, C, h, w).
-        labels: (B, h, w) int64 in [0, num_labels), or -1 for ignored pixels.
-        num_labels: L.
-        over_processes: average over the images of all processes, differentiably.
+        labels: (B, h, w) int64 as of ``merge_labels``: seen labels in [0, num_seen), potential ones
+            num_seen + b * slots + g of image b, -1 for ignored pixels.
+        num_seen: S.
+        slots: label ids of potential classes per image.
+        among: average over the images of all processes, differentiably: the first of these images
+            among all of them, and how many there are. None: these are all.
 
     Returns:
-        prototypes (L, C), at least float32, zero for absent labels; present (L,) bool.
+        prototypes (S + images * slots, C), at least float32, zero for absent labels; present
+        (S + images * slots,) bool.
     """
-    B, C, h, w = features.shape
-    rows = features.permute(0, 2, 3, 1).reshape(B * h * w, C)
-    rows = full_precision(rows)
-    bins = torch.where(labels < 0, num_labels, labels).flatten()  # the last bin is dropped
-    sums = rows.new_zeros(num_labels + 1, C).index_add(0, bins, rows)[:num_labels]
-    ones = rows.new_ones(B * h * w)
-    counts = rows.new_zeros(num_labels + 1).index_add(0, bins, ones)[:num_labels]
-    if over_processes:
-        joined = sum_over_processes(torch.cat((sums, counts[:, None]), dim=1))
-        sums, counts = joined[:, :C], joined[:, C]
-    return sums / counts.clamp(min=1).unsqueeze(1), counts > 0
+    C, S = features.shape[1], num_seen
+    rows = full_precision(features).flatten(2).mT  # (B, h * w, C)
+    own = own_image_ids(labels, S, slots).flatten(1)  # (B, h * w)
+    one_hot = own.unsqueeze(1) == torch.arange(S + slots, device=own.device).view(-1, 1)
+    with torch.autocast(features.device.type, enabled=False):
+        sums = torch.bmm(one_hot.to(rows.dtype), rows)  # (B, S + slots, C)
+    sums = torch.cat((sums, one_hot.sum(dim=2, keepdim=True)), dim=2)  # the last column counts
+    seen, potential = sums[:, :S].sum(dim=0), sums[:, S:].flatten(0, 1)
+    if among is not None:
+        first, images = among
+        after = images - first - len(features)
+        potential = F.pad(potential, (0, 0, first * slots, after * slots))
+    sums = torch.cat((seen, potential))
+    if among is not None:
+        sums = sum_over_processes(sums)
+    counts = sums[:, C]
+    return sums[:, :C] / counts.clamp(min=1).unsqueeze(1), counts > 0
 
 
 def generate_loss(
@@ -168,22 +194,26 @@ def pixel_cross_entropy(
     Args:
         seen_logits: (B, S, h, w).
         potential_logits: (B, P, h, w), of the ids S to S + P - 1.
-        labels: (B, h, w) int64 in [0, S + P), or -1 for ignored pixels.
+        labels: (B, H, W) int64 in [0, S + P), or -1 for ignored pixels. Logits are brought to this
+            size, bilinear.
         seen_competition: the softmax of pixels with a seen label includes the potential classes.
         over_processes: divide by the mean number of labelled pixels of all processes, so that the
             mean of the losses is that of one process with all images.
 
     Returns:
         scalar, the mean over the labelled pixels; 0 without one.
+
+    Deviation: the toolbox divides by the number of all pixels.
     """
     num_seen = seen_logits.shape[1]
+    seen_total, seen_own = upsampled_logsumexp(seen_logits, labels)
+    potential_total, potential_own = upsampled_logsumexp(potential_logits, labels - num_seen)
+    total = torch.logaddexp(seen_total, potential_total)
+    labelled = labels != NO_LABEL
     if not seen_competition:
-        is_seen = ((labels >= 0) & (labels < num_seen))[:, None]
-        potential_logits = potential_logits.masked_fill(is_seen, _NO_MATCH)
-    logits = torch.cat((seen_logits, potential_logits), dim=1)
-    logits = full_precision(logits)
-    total = F.cross_entropy(logits, labels, ignore_index=NO_LABEL, reduction="sum")
-    return total / count_labelled(labels != NO_LABEL, over_processes)
+        total = torch.where(labelled & (labels < num_seen), seen_total, total)
+    losses = (total - seen_own - potential_own).masked_fill(~labelled, 0.0)
+    return losses.sum() / count_labelled(labelled, over_processes)
 
 
 def count_labelled(labelled: Tensor, over_processes: bool = False) -> Tensor:
@@ -207,6 +237,7 @@ class PLMConfig:
     pseudo_scale: float = 1.0  # factor of the potential logits
     detach_prototypes: bool = False  # no gradient from the VLA's queries into the student
     seen_competition: bool = True  # softmax of seen pixels over the potential classes too
+    loss_size: LossSize = "labels"  # logits of CE, focal, dice: upsampled to the labels, or as is
     over_processes: bool = False  # prototypes, VLA keys and CE over the images of all processes
     adapter: Adapter = "decoder"  # Table 5: decoder, mlp, identity
     generate_loss: GenerateLoss = "mse"  # Eq. (8), or "bce" of the paper's second version
@@ -238,7 +269,7 @@ class PixelLearningModule(nn.Module):
 
         Args:
             dense: D (B, C', h, w), CLIP's dense tokens.
-            labels: (B, H, W) seen labels at the size of the image, 255 without.
+            labels: (B, H, W) seen labels at the size of the image, 255 without, 254 for padding.
 
         Returns:
             (B, h, w) int64, the group of every token in [0, K), -1 where the token is annotated;
@@ -249,10 +280,13 @@ class PixelLearningModule(nn.Module):
         take_part = unannotated_share(labels, (h, w)) > IGNORED_SHARE
         centers = multiscale_centers(dense, config.scales, config.seeding)
         tokens = dense.flatten(2).transpose(1, 2)  # (B, N, C')
-        clusters = masked_kmeans(tokens, centers, take_part.flatten(1), config.kmeans_iterations)
-        group_of_cluster = fuse_clusters(
-            clusters.centers, clusters.counts > 0, config.fusion_threshold
-        )
+        with exact_products():  # nearest centres and a threshold: rounding would flip ties
+            clusters = masked_kmeans(
+                tokens, centers, take_part.flatten(1), config.kmeans_iterations
+            )
+            group_of_cluster = fuse_clusters(
+                clusters.centers, clusters.counts > 0, config.fusion_threshold
+            )
         groups = group_of_cluster.gather(1, clusters.assignment.clamp(min=0))
         groups = groups.where(take_part.flatten(1), NO_LABEL).reshape(B, h, w)
         return groups, centers.shape[1]
@@ -261,7 +295,7 @@ class PixelLearningModule(nn.Module):
     def make_targets(
         self, dense: Tensor, labels: Tensor, size: tuple[int, int], num_seen: int
     ) -> PixelTargets:
-        """Compute L_a, Eq. (6), at the resolution (h, w) of the student's features."""
+        """Compute L_a, Eq. (6), at a size (H, W) of its own: labels and groups by nearest pixel."""
         groups, num_clusters = self.group_tokens(dense, labels)
         slots = self.config.potential_slots
         slots = num_clusters if slots is None else slots
@@ -284,18 +318,22 @@ class PixelLearningModule(nn.Module):
             seen_logits: (B, S, h, w), the student's scores of the seen classes.
             dense: D (B, C', h', w'), CLIP's dense tokens.
             cls: s (B, C), CLIP's CLS tokens.
-            labels: (B, H, W) seen labels in [0, S), 255 without.
+            labels: (B, H, W) seen labels in [0, S), 255 without, 254 for padding.
             text: T (S, C), unit text features of the seen classes.
         """
         config, S = self.config, text.shape[0]
         B, _, h, w = features.shape
-        ids, slots = self.make_targets(dense, labels, (h, w), S)
-        first = 0  # image of this process among all that share prototypes
+        size = (h, w) if config.loss_size == "features" else (labels.shape[1], labels.shape[2])
+        ids, slots = self.make_targets(dense, labels, size, S)
+        near_ids = resize_nearest(ids, (h, w))
+        first, among = 0, None  # image of this process among all that share prototypes
         if config.over_processes:
             cls, first = gather_rows(cls)
+            among = (first, cls.shape[0])
             ids = torch.where(ids < S, ids, ids + first * slots)
-        num_labels = S + cls.shape[0] * slots
-        prototypes, present = class_prototypes(features, ids, num_labels, config.over_processes)
+        prototypes, present = class_prototypes(features, near_ids, S, slots, among)
+        # A group so thin that no position of the features falls on it has no classifier.
+        ids = ids.where((ids < S) | present[ids.clamp(min=0)], NO_LABEL)
         if config.detach_prototypes:
             prototypes = prototypes.detach()
         generated = self.adapter(prototypes, cls, present)  # (S + images * slots, C)

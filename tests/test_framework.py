@@ -28,7 +28,7 @@ from cliptteacher.vla import MLPAdapter
 NAMES = ("cat", "grass", "boat")
 TERMS = ("global", "ce", "focal", "dice", "generate")
 KEYS = (*TERMS, "total")
-SMALL = {"scales": (1, 2), "kmeans_iterations": 2}
+SMALL = {"scales": (1, 2), "kmeans_iterations": 2, "loss_size": "features"}
 
 
 def build(**options: Any) -> CLIPTeacher:
@@ -114,6 +114,38 @@ def test_cosine_similarity_scores_features_of_unit_length() -> None:
     torch.testing.assert_close(losses["dice"], terms.dice)
 
 
+@pytest.mark.parametrize("at_once", [1, 2 * 2 * 32 * 32, 10**9])  # one class, two, all together
+def test_losses_at_the_size_of_the_labels(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cliptteacher.logits._VALUES_AT_ONCE", at_once)
+    images, labels = batch()
+    labels[:, 24:] = 254  # padding: negatives of every class, as pixels without a label are
+    ignored = labels.masked_fill(labels == 254, 255)
+    for ce in ("seen", "all"):
+        model = build(loss_size="labels", ce=ce)
+        losses = model(images, labels)
+        features = model.segmenter(images.float() / 255)
+        logits = torch.einsum("bchw,kc->bkhw", features, model.seen_text)
+        large = torch.nn.functional.interpolate(logits, size=(32, 32), mode="bilinear")
+        terms = nel(large, ignored)
+        torch.testing.assert_close(losses["focal"], terms.focal)
+        torch.testing.assert_close(losses["dice"], terms.dice)
+        if ce == "seen":
+            expected = torch.nn.functional.cross_entropy(large, ignored.long(), ignore_index=255)
+            torch.testing.assert_close(losses["ce"], expected)
+        parameters = list(model.segmenter.parameters())
+        found = torch.autograd.grad(losses["focal"] + losses["dice"], parameters)
+        for ours, true in zip(found, torch.autograd.grad(sum(terms), parameters), strict=True):
+            torch.testing.assert_close(ours, true, rtol=1e-4, atol=1e-5)
+
+
+def test_padding_makes_no_pseudo_labels() -> None:
+    """With nothing but padding and seen labels, cross entropy has seen pixels alone."""
+    images, labels = batch()
+    labels[labels == 255] = 254
+    losses = build()(images, labels)
+    torch.testing.assert_close(losses["ce"], build(ce="seen")(images, labels)["ce"])
+
+
 def test_windows_have_cls_tokens_and_banks_of_their_own() -> None:
     """Cut by hand, window by window; L_global is the mean over the sizes of windows."""
     images, labels = batch()
@@ -149,6 +181,8 @@ def test_windows_must_be_there_and_fit() -> None:
 def test_every_option_reaches_its_room() -> None:
     options: dict[str, Any] = {
         "glm_pooling": "mean",
+        "glm_query": "unit",
+        "loss_size": "features",
         "bank_size": 5,
         "temperature": 0.3,
         "tokens": "final",
@@ -170,7 +204,7 @@ def test_every_option_reaches_its_room() -> None:
     assert names <= set(options)
     model = build(**options)
     glm = model.glm[0]
-    assert (glm.pooling, glm.bank.size, glm.temperature) == ("mean", 5, 0.3)
+    assert (glm.pooling, glm.query, glm.bank.size, glm.temperature) == ("mean", "unit", 5, 0.3)
     assert {name: getattr(model.plm.config, name) for name in names} == {
         name: options[name] for name in names
     }
@@ -464,8 +498,13 @@ def test_twenty_steps_lower_the_loss() -> None:
 
 
 def test_no_seen_name() -> None:
-    with pytest.raises(ValueError, match="at least one class name, got"):
+    with pytest.raises(ValueError, match=r"a list of 1 to 254 class names, got \[\]"):
         CLIPTeacher(tiny_clip(), tiny_student(), [])
+
+
+def test_too_many_seen_names() -> None:
+    with pytest.raises(ValueError, match="a list of 1 to 254 class names, got 255"):
+        CLIPTeacher(tiny_clip(), tiny_student(), ["cat"] * 255)
 
 
 @pytest.mark.parametrize(
@@ -479,7 +518,9 @@ def test_a_label_of_no_class_is_refused(value: int, dtype: torch.dtype, ce: str)
     labels = labels.to(dtype)
     labels[1, 3, 4] = value
     model = build(ce=ce, focal_weight=0, dice_weight=0)
-    message = rf"integers 0\.\.{len(NAMES) - 1}, or 255 for no label, got \[{value}\]"
+    message = (
+        rf"integers 0\.\.{len(NAMES) - 1}, 255 for no label, or 254 for padding, got \[{value}\]"
+    )
     with pytest.raises(ValueError, match=message):
         model(images, labels)
 

@@ -30,7 +30,7 @@ SCENE = {"scales": (1, 3), "kmeans_iterations": 3, "fusion_threshold": 0.5}
 
 
 def build(**options: Any) -> PixelLearningModule:
-    return PixelLearningModule(C, PLMConfig(**options))
+    return PixelLearningModule(C, PLMConfig(**{"loss_size": "features", **options}))
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -90,7 +90,7 @@ def test_a_group_whose_id_is_255_is_not_ignored() -> None:
     groups = torch.tensor([0, 55, 10]).view(3, 1, 1)
     merged = merge_labels(labels, groups, num_seen=100, slots=100)
     assert merged.flatten().tolist() == [100, 255, 310]
-    _, present = class_prototypes(torch.ones(3, 2, 1, 1), merged, 400)
+    _, present = class_prototypes(torch.ones(3, 2, 1, 1), merged, 100, 100)
     assert present.nonzero().flatten().tolist() == [100, 255, 310]
     logits = torch.randn(3, 300, 1, 1, generator=seeded(1))
     expected = F.cross_entropy(torch.cat((torch.zeros(3, 100, 1, 1), logits), 1), merged)
@@ -124,6 +124,19 @@ def test_resize_nearest_never_leaves_the_map() -> None:
             assert taken == exact
 
 
+def test_padding_is_no_unannotated_area() -> None:
+    _, _, dense, _, labels, _ = random_batch(3)
+    labels[1:, 16:], labels[1:, :, 24:] = 254, 254
+    module = build(**SCENE)
+    targets, groups = (
+        module.make_targets(dense, labels, (32, 32), S),
+        module.group_tokens(dense, labels)[0],
+    )
+    assert (targets.labels[labels == 254] == -1).all()
+    assert (groups[1:, 4:] == -1).all() and (groups[1:, :, 6:] == -1).all()
+    assert (groups[1:, :4, :6] >= 0).any() and (targets.labels[labels == 255] >= S).all()
+
+
 # --- prototypes and the generate loss ---------------------------------------------------------
 
 
@@ -138,9 +151,10 @@ def loop_prototypes(features: Tensor, labels: Tensor, num_labels: int) -> dict[i
 
 def test_class_prototypes_equal_a_loop_over_pixels() -> None:
     features = torch.randn(2, 5, 4, 6, generator=seeded(0))
-    labels = torch.randint(-1, 9, (2, 4, 6), generator=seeded(1))
+    labels = torch.randint(-1, 8, (2, 4, 6), generator=seeded(1))  # 5 seen, 3 slots an image
     labels[labels == 4] = -1
-    prototypes, present = class_prototypes(features, labels, 11)
+    labels[1] = torch.where(labels[1] < 5, labels[1], labels[1] + 3)
+    prototypes, present = class_prototypes(features, labels, 5, 3)
     expected = loop_prototypes(features, labels, 11)
     assert prototypes.shape == (11, 5)
     assert {i for i in range(11) if present[i]} == set(expected)
@@ -150,15 +164,16 @@ def test_class_prototypes_equal_a_loop_over_pixels() -> None:
 
 def test_class_prototypes_pass_each_pixel_its_share_of_the_gradient() -> None:
     features = torch.randn(1, 2, 1, 4, generator=seeded(0), requires_grad=True)
-    prototypes, _ = class_prototypes(features, torch.tensor([[[0, 0, 1, -1]]]), 2)
+    prototypes, _ = class_prototypes(features, torch.tensor([[[0, 0, 1, -1]]]), 1, 1)
     prototypes.sum().backward()
     assert features.grad[0, 0, 0].tolist() == [0.5, 0.5, 1.0, 0.0]
 
 
 def test_class_prototypes_of_nothing_are_zero() -> None:
     prototypes, present = class_prototypes(
-        torch.randn(2, 3, 2, 2), torch.full((2, 2, 2), -1), num_labels=4
+        torch.randn(2, 3, 2, 2), torch.full((2, 2, 2), -1), num_seen=2, slots=1
     )
+    assert prototypes.shape == (4, 3)
     assert not present.any() and not prototypes.any()
 
 
@@ -218,6 +233,26 @@ def test_cross_entropy_equals_a_loop(seen_competition: bool) -> None:
     torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("at_once", [1, 70, 10**6])  # values: one class, some, all together
+@pytest.mark.parametrize("seen_competition", [True, False])
+def test_cross_entropy_at_the_size_of_the_labels(
+    seen_competition: bool, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cliptteacher.logits._VALUES_AT_ONCE", at_once)
+    seen, potential = leaf(2, 3, 2, 3), leaf(2, 5, 2, 3, seed=1)
+    labels = torch.randint(-1, 8, (2, 5, 6), generator=seeded(2))
+    loss = pixel_cross_entropy(seen, potential, labels, seen_competition)
+    large = F.interpolate(torch.cat((seen, potential), dim=1), size=(5, 6), mode="bilinear")
+    expected = loop_cross_entropy(large[:, :3], large[:, 3:], labels, seen_competition)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+    for found, true in zip(
+        torch.autograd.grad(loss, (seen, potential)),
+        torch.autograd.grad(expected, (seen, potential)),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, true, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("seen_competition", [True, False])
 def test_a_pixel_without_label_has_no_weight(seen_competition: bool) -> None:
     seen, potential = leaf(1, 3, 2, 2), leaf(1, 2, 2, 2, seed=1)
@@ -259,8 +294,9 @@ def leaf(*shape: int, seed: int = 0) -> Tensor:
 
 def test_gradcheck_of_the_prototypes() -> None:
     labels = torch.randint(-1, 4, (2, 3, 2), generator=seeded(1))
+    labels[1] = torch.where(labels[1] < 2, labels[1], labels[1] + 2)
     assert torch.autograd.gradcheck(
-        lambda features: class_prototypes(features, labels, 5)[0], leaf(2, 3, 3, 2)
+        lambda features: class_prototypes(features, labels, 2, 2)[0], leaf(2, 3, 3, 2)
     )
 
 
@@ -472,6 +508,41 @@ def test_every_option_equals_the_loop(options: dict[str, object], scope: str) ->
     # Sums of a few hundred float32 terms near 1, in another order.
     torch.testing.assert_close(losses.ce, ce, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(losses.generate, generate, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("scope", ["batch", "image"])
+def test_losses_at_the_size_of_the_labels(scope: str) -> None:
+    torch.manual_seed(0)
+    module = build(**SCENE, potential_scope=scope, loss_size="labels", adapter="identity")
+    features, seen_logits, dense, cls, labels, text = random_batch(4)
+    ids, slots = module.make_targets(dense, labels, (32, 32), S)
+    near = resize_nearest(ids, (6, 6))
+    prototypes = loop_prototypes(features, near, 10**6)
+    names = [name for name in sorted(prototypes) if name >= S]
+    scores = [torch.einsum("bchw,c->bhw", features, prototypes[name]) for name in names]
+    logits = torch.stack((*seen_logits.unbind(1), *scores), dim=1)
+    if scope == "image":
+        strange = torch.tensor([[(n - S) // slots != b for n in names] for b in range(B)])
+        logits[:, S:] = logits[:, S:].masked_fill(strange[:, :, None, None], -1e4)
+    place = {name: S + k for k, name in enumerate(names)} | {-1: -1, **{i: i for i in range(S)}}
+    targets = ids.clone().apply_(place.__getitem__)
+    large = F.interpolate(logits, size=(32, 32), mode="bilinear", align_corners=False)
+    expected = F.cross_entropy(large, targets, ignore_index=-1)
+    torch.testing.assert_close(
+        module(features, seen_logits, dense, cls, labels, text).ce, expected, rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("loss_size", ["labels", "features"])
+def test_a_group_between_the_positions_of_the_features_has_no_label(loss_size: str) -> None:
+    batch = random_batch(4)
+    labels = torch.zeros_like(batch[4])
+    labels[0, :4, :4], labels[0, 2, 2] = 255, 1  # one token, and its only position
+    module = build(**SCENE, loss_size=loss_size)
+    features = batch[0][:, :, :2, :2]  # of 16 x 16 pixels, that is at pixels 8 and 24
+    losses = module(features, batch[1][:, :, :2, :2], *batch[2:4], labels, batch[5])
+    ids, _ = module.make_targets(batch[2], labels, (32, 32), S)
+    assert (ids >= S).sum() == 15 and losses.ce < 100
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import copy
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,7 @@ from cliptteacher.segmenters.weights import (
 TINY = SegformerConfig(
     dims=(16, 16, 24, 32), depths=(2, 1, 1, 1), heads=(1, 2, 3, 4), decoder_channels=20
 )
+PUBLISHED = replace(TINY, head_norms=False)  # the head of the original release
 ENCODER_PARAMETERS = {  # as published, in millions
     "segformer_b0": 3.32,
     "segformer_b1": 13.15,
@@ -90,15 +92,16 @@ def assert_same_maps(found: Tensor, expected: Tensor) -> None:
 
 
 def plain_head(head: SegformerHead, maps: list[Tensor]) -> Tensor:
-    """The published order: linear, upsample, concatenate, fuse."""
-    upsampled = [
-        F.interpolate(
-            linear(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2),
-            size=maps[0].shape[2:],
-            mode="bilinear",
-            align_corners=False,
-        )
+    """The published order: linear (norm, ReLU), upsample, concatenate, fuse."""
+    levels = [
+        linear(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         for linear, x in zip(head.linears, maps, strict=True)
+    ]
+    if head.norms:
+        levels = [norm(level).relu() for norm, level in zip(head.norms, levels, strict=True)]
+    upsampled = [
+        F.interpolate(x, size=maps[0].shape[2:], mode="bilinear", align_corners=False)
+        for x in levels
     ]
     fused = F.conv2d(torch.cat(upsampled[::-1], dim=1), head.fuse.weight[:, :, None, None])
     fused = head.norm(fused).relu()
@@ -108,8 +111,12 @@ def plain_head(head: SegformerHead, maps: list[Tensor]) -> Tensor:
 @pytest.mark.parametrize(
     "sizes", [[(8, 8), (4, 4), (2, 2), (1, 1)], [(7, 5), (4, 3), (2, 2), (1, 1)]]
 )
-def test_head_equals_the_published_order_and_its_gradients(sizes: list[tuple[int, int]]) -> None:
-    head = perturbed().head.double()
+@pytest.mark.parametrize("config", [TINY, PUBLISHED], ids=["toolbox", "published"])
+def test_head_equals_the_published_order_and_its_gradients(
+    config: SegformerConfig, sizes: list[tuple[int, int]]
+) -> None:
+    head = perturbed(config).head.double()
+    assert len(head.norms) == (4 if config is TINY else 0)
     maps = [
         torch.randn(2, dim, *size, dtype=torch.float64, requires_grad=True)
         for dim, size in zip(TINY.dims, sizes, strict=True)
@@ -129,7 +136,7 @@ def test_head_equals_the_published_order_and_its_gradients(sizes: list[tuple[int
 @pytest.mark.parametrize("size", [(64, 64), (96, 80), (65, 70), (57, 121)])
 def test_matches_hugging_face_with_head(size: tuple[int, int]) -> None:
     reference = hugging_face(TINY, 12, "SegformerForSemanticSegmentation")
-    ours = perturbed()
+    ours = perturbed(PUBLISHED)
     load_segformer_weights(ours, convert_segformer_keys(published_names(reference)))
     reference, ours = reference.double(), ours.double()
     images = torch.rand(2, 3, *size, dtype=torch.float64)
@@ -156,7 +163,7 @@ def test_encoder_alone_matches_hugging_face() -> None:
 @pytest.mark.parametrize("name", ["segformer_b0", "segformer_b2"])
 def test_published_sizes_match_hugging_face(name: str, extension: str, tmp_path: Path) -> None:
     """Encoder and decode head, every tensor perturbed; one size is no multiple of 32."""
-    config = SEGFORMER_CONFIGS[name]
+    config = replace(SEGFORMER_CONFIGS[name], head_norms=False)
     reference = hugging_face(config, 19, "SegformerForSemanticSegmentation")
     names = published_names(reference)
     if extension == "bin":
@@ -224,9 +231,9 @@ def test_normalisation_is_inside_and_not_in_the_state_dict() -> None:
         model(images), shifted((images - model.mean) / model.std), rtol=1e-5, atol=1e-5
     )
     assert set(model.state_dict()) == {name for name, _ in model.named_parameters()} | {
-        "head.norm.running_mean",
-        "head.norm.running_var",
-        "head.norm.num_batches_tracked",
+        f"head.{norm}.{buffer}"
+        for norm in ("norm", *(f"norms.{level}" for level in range(4)))
+        for buffer in ("running_mean", "running_var", "num_batches_tracked")
     }
 
 

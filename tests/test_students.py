@@ -219,7 +219,7 @@ def test_auxiliary_loss_by_hand(ce: str, ce_weight: float) -> None:
     logits = torch.full((CHANNELS, 2), 7.0)
     logits[:3] = torch.tensor([[math.log(3), 0], [0, -math.log(3)], [0, 0]])
     student = AuxiliaryStudent(logits.view(1, CHANNELS, 1, 2))
-    model = teach(student, auxiliary_weight=0.4, ce=ce, ce_weight=ce_weight)
+    model = teach(student, auxiliary_weight=0.4, ce=ce, ce_weight=ce_weight, loss_size="features")
     model.seen_text = torch.eye(3, CHANNELS)
     labels = torch.zeros(1, 32, 32, dtype=torch.long)
     labels[:, :, 16:] = 1
@@ -236,7 +236,9 @@ def test_auxiliary_loss_by_hand(ce: str, ce_weight: float) -> None:
 
 def test_unlabelled_pixels_are_no_part_of_the_auxiliary_cross_entropy() -> None:
     student = AuxiliaryStudent(torch.randn(1, CHANNELS, 1, 2))
-    model = teach(student, auxiliary_weight=1.0, focal_weight=0.0, dice_weight=0.0)
+    model = teach(
+        student, auxiliary_weight=1.0, focal_weight=0.0, dice_weight=0.0, loss_size="features"
+    )
     labels = torch.full((1, 32, 32), 255)
     labels[:, :, :16] = 2
     loss = model(torch.rand(1, 3, 32, 32), labels)["auxiliary"]

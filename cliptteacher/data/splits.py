@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .. import IGNORE_INDEX
+from .. import IGNORE_INDEX, PADDING_INDEX
 
-MAX_CLASSES = IGNORE_INDEX  # a label is one byte, and 255 means "ignore"
+MAX_CLASSES = PADDING_INDEX  # a label is one byte; 254 means "padding" and 255 "ignore"
 
 
 class SegmentationDataset(Protocol):
@@ -60,7 +60,7 @@ class ClassSplit:
         unseen: label values of the unseen classes, each in 0..A-1.
 
     Raises:
-        ValueError: if names repeat or are more than 255, or if `unseen` repeats an index,
+        ValueError: if names repeat or are more than 254, or if `unseen` repeats an index,
             leaves the range or covers every class.
 
     >>> split = ClassSplit(("cat", "dog", "cow"), unseen=(1,))

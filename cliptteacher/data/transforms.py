@@ -6,7 +6,7 @@ Section 4.2 of arXiv:2310.02296v1 names the toolbox and its default schedule; in
     crop     random window; drawn again, up to 10 times, while one class dominates it
     flip     left-right, p = 0.5
     colours  brightness, contrast, saturation, hue, each p = 0.5 (image only): colours.py
-    pad      right and bottom, up to the crop: image with the mean colour, labels with 255
+    pad      right and bottom, up to the crop: image with the mean colour, labels with 254
 
 Everything stays uint8: the networks normalise inside. Random numbers come from PyTorch's global
 CPU generator alone, so whoever seeds that generator owns the result. The window is
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from .. import IGNORE_INDEX
+from .. import IGNORE_INDEX, PADDING_INDEX
 from .colours import coin, photometric_distortion, uniform
 
 Limits = tuple[float, float]
@@ -102,7 +102,7 @@ def cut_to_patches(
             resize_label(label, size, Window(0, 0, *size)),
         )
     height, width = (max(side // patch, 1) * patch for side in label.shape)
-    image, label = pad_to(image, label, patch)
+    image, label = pad_to(image, label, patch, IGNORE_INDEX)
     top, left = (label.shape[0] - height) // 2, (label.shape[1] - width) // 2
     window = (slice(top, top + height), slice(left, left + width))
     return image[(slice(None), *window)], label[window]
@@ -222,14 +222,16 @@ def random_flip(image: Tensor, label: Tensor, probability: float) -> tuple[Tenso
     return image, label
 
 
-def pad_to(image: Tensor, label: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Pad right and bottom up to `size` pixels: the image with the mean colour, labels with 255."""
+def pad_to(
+    image: Tensor, label: Tensor, size: int, value: int = PADDING_INDEX
+) -> tuple[Tensor, Tensor]:
+    """Pad right and bottom up to `size` pixels: image with the mean colour, labels with `value`."""
     height, width = label.shape
     padding = [0, 0, max(size - width, 0), max(size - height, 0)]
     if not any(padding):
         return image, label
     image = F.pad(image, padding, fill=list(PADDING_COLOUR))
-    return image, F.pad(label.unsqueeze(0), padding, fill=IGNORE_INDEX).squeeze(0)
+    return image, F.pad(label.unsqueeze(0), padding, fill=value).squeeze(0)
 
 
 class TrainingTransform(nn.Module):

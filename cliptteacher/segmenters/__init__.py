@@ -140,9 +140,10 @@ def _build_segformer(
     _check_options(name, options, [field.name for field in fields(SegformerConfig)])
     state = {} if weights is None else read_segformer_weights(name, weights)
     if "head.fuse.weight" in state and state["head.fuse.weight"].ndim:
-        # The width of a published head differs between releases of the same size. It becomes one
-        # of the options, so that the student can be built again without that file.
+        # Heads differ in width between releases of the same size, and in the norms on their levels.
+        # Both become options, so that the student can be built again without that file.
         options.setdefault("decoder_channels", len(state["head.fuse.weight"]))
+        options.setdefault("head_norms", "head.norms.0.weight" in state)
     config = replace(SEGFORMER_CONFIGS[name], **options)  # type: ignore[arg-type]
     model = Segformer(config, channels)
     if weights is not None:

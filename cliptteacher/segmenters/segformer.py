@@ -4,16 +4,17 @@
       -> four stages; each: overlapping patch embedding, then blocks of
          x = x + attention(norm(x)), keys and values read from a reduced grid
          x = x + mix_ffn(norm(x)), a 3x3 depthwise convolution carries position
-      -> head: every level to D channels, bilinear to 1/4, fuse, BN, ReLU, 1x1 to `channels`
+      -> head: every level to D channels, BN, ReLU, bilinear to 1/4; fuse, BN, ReLU, 1x1 to C
 
 Inside a stage a feature map is a grid (B, H, W, C): linear layers and norms read its last axis, and
 its permuted view is a channels-last map, so that convolutions need no copy. Every other map is
 (B, C, H, W). With N = H*W tokens and reduction r, attention costs N^2 / r^2.
 
 The architecture is that of arXiv:2105.15203, with its parameter shapes: published weights load
-(see `weights.py`). The head computes the published function in a cheaper order: its two linear
-layers are one matrix, and that matrix commutes with the bilinear interpolation, hence is applied
-before it, on the small maps.
+(see `weights.py`). Its head has no BN and ReLU on the levels; the paper's toolbox has them, and so
+do we unless published weights of a head are loaded (`head_norms`). The head computes its function
+in a cheaper order: fusing commutes with the bilinear interpolation, hence is done before it, on the
+small maps.
 """
 
 from collections.abc import Sequence
@@ -36,6 +37,8 @@ class SegformerConfig:
         reductions: Stride at which keys and values are sampled from the grid of each stage.
         mlp_ratio: Hidden width of the Mix-FFN over the width of its stage.
         decoder_channels: Width D of the head.
+        head_norms: BatchNorm and ReLU on every level of the head, as in the toolbox of the paper;
+            False: none, as in the original release.
         drop_path: Probability of skipping a branch of the last block, rising linearly from 0.
         dropout: Probability of dropping a whole channel before the last layer of the head.
         layer_norm_eps: Epsilon of all layer norms.
@@ -50,6 +53,7 @@ class SegformerConfig:
     reductions: tuple[int, int, int, int] = (8, 4, 2, 1)
     mlp_ratio: int = 4
     decoder_channels: int = 256
+    head_norms: bool = True
     drop_path: float = 0.1
     dropout: float = 0.1
     layer_norm_eps: float = 1e-6
@@ -224,16 +228,18 @@ class MixTransformer(nn.Module):
 class SegformerHead(nn.Module):
     """Fuse the four maps at the resolution of the finest and project them to `channels`.
 
-    Published order: `linears` (one a level) -> upsample -> concatenate, coarsest first -> `fuse`.
-    A 1x1 convolution of a concatenation is a sum of one 1x1 convolution a level, which merges with
-    the linear layer of the level, and which commutes with the interpolation, whose weights sum to
-    one. Each level therefore needs one product of (D, D) by (D, dim) and one small convolution.
+    Published order: `linears` (one a level, with `norms` and ReLU behind them if there are any) ->
+    upsample -> concatenate, coarsest first -> `fuse`. A 1x1 convolution of a concatenation is a sum
+    of one 1x1 convolution a level, which commutes with the interpolation, whose weights sum to one;
+    without norms it merges with the linear layer of the level into one matrix.
     """
 
     def __init__(self, config: SegformerConfig, channels: int) -> None:
         super().__init__()
         D = config.decoder_channels
-        self.linears = nn.ModuleList(nn.Linear(dim, D) for dim in config.dims)
+        with_norms = config.head_norms
+        self.linears = nn.ModuleList(nn.Linear(dim, D, bias=not with_norms) for dim in config.dims)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(D) for _ in config.dims if with_norms)
         self.fuse = nn.Linear(len(config.dims) * D, D, bias=False)
         self.norm = nn.BatchNorm2d(D)
         self.dropout = nn.Dropout2d(config.dropout)
@@ -253,7 +259,12 @@ class SegformerHead(nn.Module):
         assert isinstance(linear, nn.Linear)
         coarsest_first = self.fuse.weight.chunk(len(self.linears), dim=1)
         fuse = coarsest_first[len(self.linears) - 1 - level]  # (D, D)
-        grid = F.linear(x.permute(0, 2, 3, 1), fuse @ linear.weight, fuse @ linear.bias)
+        grid = x.permute(0, 2, 3, 1)
+        if self.norms:
+            levels = self.norms[level](linear(grid).permute(0, 3, 1, 2))
+            grid = F.linear(F.relu(levels).permute(0, 2, 3, 1), fuse)
+        else:
+            grid = F.linear(grid, fuse @ linear.weight, fuse @ linear.bias)
         return grid.permute(0, 3, 1, 2)
 
 
