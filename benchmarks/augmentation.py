@@ -28,7 +28,6 @@ from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
 from cliptteacher.data import FolderDataset, SeenOnly, TrainingStream, training_transform
-from cliptteacher.training.cost import ASSUMED_TFLOPS, STEP_COSTS
 
 CROP, HEIGHT, WIDTH, CLASSES = 512, 480, 640, 20
 MEAN_COLOUR = (124, 116, 104)
@@ -142,20 +141,14 @@ def compare(
 
 
 def report(speeds: dict[str, list[float]]) -> None:
-    """Print both speeds, their ratio, and the cores that a GPU needs."""
+    """Print both speeds and their ratio."""
     medians = {name: statistics.median(values) for name, values in speeds.items()}
     for name, values in speeds.items():
         spread = f"{min(values):.1f} to {max(values):.1f}"
         print(f"{name:<7} {medians[name]:6.1f} images per second and core ({spread})")
     ratio = medians["ours"] / medians["pillow"]
     print(f"ratio   {ratio:6.2f}")
-    cores = {name: cost.crops_per_second() / medians["ours"] for name, cost in STEP_COSTS.items()}
-    print(f"cores that one GPU needs, if it does {ASSUMED_TFLOPS:g} TFLOP/s in bf16:")
-    for name, count in cores.items():
-        print(
-            f"  {name:<14} {STEP_COSTS[name].crops_per_second():5.0f} crops/s  {count:5.1f} cores"
-        )
-    result = {"images_per_second_and_core": medians, "ratio": ratio, "cores_per_gpu": cores}
+    result = {"images_per_second_and_core": medians, "ratio": ratio}
     print(json.dumps({**result, "torch": torch.__version__, "machine": platform.platform()}))
 
 

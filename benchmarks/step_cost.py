@@ -1,12 +1,10 @@
-r"""Count what a training step computes and keeps in memory, per crop, without a GPU.
+r"""Count what a training step computes, launches and keeps in memory, without a GPU.
 
     python benchmarks/step_cost.py segformer_b0 segformer_b4 segnext_b swin_b
 
-Each student sees one training step of two crops under a CLIP ViT-B/16, all of it on tensors that
-have sizes but no numbers. The operations are those of matrix products, convolutions and attention,
-as torch.utils.flop_counter counts them in the forward pass, times three for what is trained; the
-memory is that of all tensors but parameters which autograd saves under bf16 autocast.
-A line per student comes out, for STEP_COSTS in cliptteacher/training/cost.py; the last line is
+Each student sees one training step of the literal method under a CLIP ViT-B/16, in bf16, on tensors
+that have sizes but no numbers (cliptteacher/training/cost.py): of two crops, what a GPU gets when
+eight share the paper's batch of 16, and of all 16. A line per student comes out; the last line is
 JSON.
 """
 
@@ -19,12 +17,18 @@ from dataclasses import asdict
 import torch
 
 from cliptteacher.clip.model import CLIP, CLIPConfig
+from cliptteacher.clip.prompts import free_text_tower
 from cliptteacher.framework import CLIPTeacher, CLIPTeacherConfig
 from cliptteacher.segmenters import build_segmenter, list_segmenters
-from cliptteacher.training.cost import StepCost, count_step, without_numbers
+from cliptteacher.training.cost import (
+    StepCost,
+    autocast_of_cuda,
+    count_step,
+    without_numbers,
+)
 
 SEEN = 49  # classes with labels, as in PASCAL Context
-CROPS = 2  # what a GPU gets when eight share the paper's batch of 16
+CROPS = (2, 16)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -36,13 +40,13 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     costs = {}
     for name in args.segmenters:
-        costs[name] = asdict(count(name, args.crop))
-        fields = ", ".join(f"{field}={value}" for field, value in costs[name].items())
-        print(f'    "{name}": StepCost({fields}),', flush=True)
+        costs[name] = [asdict(count(name, crops, args.crop)) for crops in CROPS]
+        for cost in costs[name]:
+            print(name, json.dumps(cost), flush=True)
     print(json.dumps({"crop": args.crop, "clip": "ViT-B/16", "costs": costs}))
 
 
-def count(name: str, crop: int) -> StepCost:
+def count(name: str, crops: int, crop: int = 512) -> StepCost:
     """Count one step of the literal recipe with this student."""
     auxiliary = name.startswith("swin")
     options = {"auxiliary": True} if auxiliary else {}
@@ -52,22 +56,19 @@ def count(name: str, crop: int) -> StepCost:
     names = [f"class {number}" for number in range(SEEN)]
     method = CLIPTeacherConfig(auxiliary_weight=0.4 if auxiliary else 0.0)
     model = CLIPTeacher(clip, student, names, method).train()
-    with without_numbers(model), torch.autocast("cpu", torch.bfloat16):
-        images = torch.empty(CROPS, 3, crop, crop)
-        labels = torch.empty(CROPS, crop, crop, dtype=torch.uint8)
+    free_text_tower(clip)
+    with without_numbers(model), autocast_of_cuda(torch.bfloat16):
+        images = torch.empty(crops, 3, crop, crop)
+        labels = torch.empty(crops, crop, crop, dtype=torch.uint8)
         step = count_step(
             step=lambda: model(images, labels)["total"],
             teacher_pass=lambda: model.encode(images),
             model=model,
             teacher=clip,
-            crops=CROPS,
+            crops=crops,
         )
-    return StepCost(
-        gflop=round(step.gflop, 1),
-        saved_gib=round(step.saved_gib, 2),
-        trainable=round(step.trainable, 1),
-        frozen=round(step.frozen, 1),
-    )
+    rounded = {key: round(value, 2) for key, value in asdict(step).items()}
+    return StepCost(**rounded)
 
 
 if __name__ == "__main__":

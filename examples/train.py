@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cliptteacher.checkpoint import student_content
 from cliptteacher.clip import class_text_features, load_clip
+from cliptteacher.clip.prompts import free_text_tower
 from cliptteacher.command_line import one_sentence_errors
 from cliptteacher.data import SeenOnly, TrainingStream, open_dataset, training_transform
 from cliptteacher.distributed import Process, set_precision, start_process, stop_process
@@ -125,6 +126,7 @@ def train(
 
     # Evaluation and checkpoints, not training, need the words of all classes.
     text = class_text_features(clip, dataset.class_names, method.templates)
+    free_text_tower(clip)
     settings: dict[str, Any] = {
         "unseen": () if config.closed_set else dataset.unseen,
         "gamma": config.gamma,

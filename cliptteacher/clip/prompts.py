@@ -69,6 +69,12 @@ def class_text_features(
     return F.normalize(per_class.mean(dim=1), dim=1)  # (n, C)
 
 
+def free_text_tower(clip: CLIP) -> None:
+    """Drop what encodes text, 0.24 GiB of ViT-B/16, once all words are encoded."""
+    clip.transformer = clip.token_embedding = clip.ln_final = None  # type: ignore[assignment]
+    clip.positional_embedding = clip.text_projection = None  # type: ignore[assignment]
+
+
 def class_prompts(names: Sequence[str], templates: Templates = "single") -> list[str]:
     """Put every class name into every template.
 

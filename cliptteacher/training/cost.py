@@ -1,15 +1,17 @@
-"""What a training run costs, from counted operations and bytes: GPU hours and memory.
+"""What a training run costs, from counted operations, launches and bytes: hours and memory.
 
-    hours  = iterations * batch * operations of a crop / throughput
-    memory = weights and both moments of AdamW     12 bytes a trainable parameter
-           + the frozen teacher                     4 bytes a parameter
-           + the most that a step needs at one time: gradients, what autograd saves for the
-             backward pass, and what operations make and drop
+    seconds = iterations * the longer of  crops * operations of a crop / throughput
+                                          launches * what the host takes for one
+    memory  = weights and both moments of AdamW     12 bytes a trainable parameter
+            + the frozen teacher                     4 bytes a parameter
+            + the most that a step needs at one time: what autograd saves for the backward pass,
+              gradients, and what operations make and drop
+            + with several GPUs, DDP's buckets: all gradients, from the first step on
 
-A step is counted without doing it: its tensors have sizes but no numbers. The operations are
-counted, the throughput is assumed: figures to plan with, not measurements. Left out: evaluation,
-waiting for data or for other GPUs, the workspaces and the reserves of the libraries, and the
-CUDA context (about half a GiB).
+A step is counted without doing it, by the rules of CUDA: its tensors have sizes but no numbers.
+Throughput and the time of a launch are assumed: hours to plan with, not measurements. Left out:
+evaluation, waiting for data or for other GPUs, the workspaces and the reserves of the libraries,
+and the CUDA context (about half a GiB).
 """
 
 from __future__ import annotations
@@ -21,65 +23,51 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 # Of the 312 that an A100 can reach in bf16: small convolutions, norms and attention over few
 # channels are bound by memory.
 ASSUMED_TFLOPS = 40.0
+# Python, autograd and the driver, for one kernel: with few crops a GPU waits for its host.
+ASSUMED_LAUNCH_SECONDS = 6e-6
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepCost:
-    """What a training step takes: teacher, student, both modules, losses and backward pass."""
+    """A training step of one process: teacher, student, modules, losses and backward pass."""
 
+    crops: int
     gflop: float  # 1e9 operations a crop; a multiply-add is two
-    saved_gib: float  # 2**30 bytes a crop, saved by autograd under bf16 autocast
+    launches: int  # operations that make or change a tensor, about one kernel each
+    saved_gib: float  # 2**30 bytes alive between forward and backward pass
+    peak_gib: float  # the most alive at one time: saved tensors, gradients and temporaries
     trainable: float  # 1e6 parameters of student and adapter
     frozen: float  # 1e6 parameters of the teacher
 
-    def gpu_hours(self, crops: int) -> float:
-        """Hours of one GPU for so many crops, at ``ASSUMED_TFLOPS``."""
-        return crops * self.gflop / (ASSUMED_TFLOPS * 1e3) / 3600
+    def seconds(self) -> float:
+        """Seconds of a step, at ``ASSUMED_TFLOPS`` and ``ASSUMED_LAUNCH_SECONDS``."""
+        operations = self.crops * self.gflop / (ASSUMED_TFLOPS * 1e3)
+        return max(operations, self.launches * ASSUMED_LAUNCH_SECONDS)
 
-    def crops_per_second(self) -> float:
-        """Crops that one GPU takes in a second, at ``ASSUMED_TFLOPS``."""
-        return ASSUMED_TFLOPS * 1e3 / self.gflop
+    def memory_gib(self, processes: int = 1) -> float:
+        """Memory of a GPU among so many, in 2**30 bytes."""
+        return self.state_gib + self.peak_gib + (self.buckets_gib if processes > 1 else 0.0)
 
-    def memory_gib(self, crops: int) -> float:
-        """Memory of a GPU that trains so many crops at a time, in 2**30 bytes.
-
-        Without the temporaries of the operations, which ``StepCount`` knows.
-        """
-        fixed = (16 * self.trainable + 4 * self.frozen) * 1e6 / 2**30
-        return fixed + crops * self.saved_gib
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepCount(StepCost):
-    """A step that was counted for so many crops at a time."""
-
-    crops: int
-    peak_gib: float  # the most alive at one time: gradients, saved tensors and temporaries
+    @property
+    def buckets_gib(self) -> float:
+        """Gradients that DistributedDataParallel always holds, in 2**30 bytes."""
+        return 4 * self.trainable * 1e6 / 2**30
 
     @property
     def state_gib(self) -> float:
         """Weights, moments and teacher, always there, in 2**30 bytes."""
         return (12 * self.trainable + 4 * self.frozen) * 1e6 / 2**30
-
-
-# Crops of 512 pixels, CLIP ViT-B/16, 49 seen classes. Lines of
-# python benchmarks/step_cost.py segformer_b0 segformer_b4 segnext_b swin_b
-STEP_COSTS = {
-    "segformer_b0": StepCost(gflop=258.9, saved_gib=0.17, trainable=8.0, frozen=149.6),
-    "segformer_b4": StepCost(gflop=562.2, saved_gib=0.74, trainable=65.7, frozen=149.6),
-    "segnext_b": StepCost(gflop=419.1, saved_gib=0.73, trainable=32.0, frozen=149.6),
-    "swin_b": StepCost(gflop=2045.5, saved_gib=1.12, trainable=125.8, frozen=149.6),
-}
-COUNTED_FOR = {"clip": "ViT-B/16", "crop": 512, "precision": "bf16"}
 
 
 @contextmanager
@@ -95,13 +83,52 @@ def without_numbers(*modules: nn.Module) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def autocast_of_cuda(dtype: torch.dtype | None) -> Iterator[None]:
+    """Autocast as CUDA does, on an imagined CPU; None is no autocast.
+
+    CUDA computes norms, softmax and sums in float32 and gives float32 back: with them the residual
+    stream of a transformer is float32 too, which on a CPU is half as large.
+    """
+    with torch.autocast("cpu", dtype, enabled=dtype is not None), _InFloat32():
+        yield
+
+
+class _InFloat32(TorchFunctionMode):
+    """Widens what goes into the functions that CUDA's autocast widens and the CPU's does not."""
+
+    FUNCTIONS = frozenset(
+        {
+            *(F.layer_norm, F.group_norm, F.softmax, torch.softmax, Tensor.softmax, F.normalize),
+            *(F.softplus, F.cosine_similarity, F.logsigmoid, torch.exp, Tensor.exp, torch.sum),
+            *(Tensor.sum, torch.logsumexp, Tensor.logsumexp, Tensor.square, Tensor.pow),
+        }
+    )
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in self.FUNCTIONS and torch.is_autocast_enabled("cpu"):
+            args, kwargs = tree_map(_widen, (args, kwargs))
+        return func(*args, **(kwargs or {}))
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor)
+
+
+def _widen(value: Any) -> Any:
+    is_half = isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
+    return value.float() if is_half else value
+
+
 def count_step(
     step: Callable[[], Tensor],
     teacher_pass: Callable[[], object],
     model: nn.Module,
     teacher: nn.Module,
     crops: int,
-) -> StepCount:
+) -> StepCost:
     """Count one training step; the operations of its backward pass are twice the forward ones.
 
     A counted backward pass would be wrong: torch.utils.flop_counter takes the gradients of a
@@ -114,12 +141,6 @@ def count_step(
         teacher: what is not trained.
         crops: size of the batch.
     """
-    saved: dict[int, int] = {}  # a storage that several operations save counts once
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        saved[storage._cdata] = storage.nbytes()
-        return tensor
 
     def count_attention(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
         return int(sdpa_flop_count(q, k, v))  # type: ignore[no-untyped-call]
@@ -127,25 +148,20 @@ def count_step(
     fused = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: count_attention}
     with FlopCounterMode(display=False, custom_mapping=fused) as frozen, torch.no_grad():
         teacher_pass()
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    with _LiveBytes() as live:
-        for parameter in parameters:  # always there: DDP keeps its buckets
-            parameter.grad = torch.empty_like(parameter)
-        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-        with FlopCounterMode(display=False, custom_mapping=fused) as both, hooks:
-            total = step()
-        own = {p.untyped_storage()._cdata for p in model.parameters()}
-        memory = sum(saved[key] for key in saved.keys() - own)
+    with FlopCounterMode(display=False, custom_mapping=fused) as both, _LiveBytes() as live:
+        total = step()
+        saved, forward = live.now, both.get_total_flops()
         total.backward()  # type: ignore[no-untyped-call]
     model.zero_grad(set_to_none=True)
-    operations = 3 * both.get_total_flops() - 2 * frozen.get_total_flops()
-    return StepCount(
-        gflop=operations / crops / 1e9,
-        saved_gib=memory / crops / 2**30,
-        trainable=sum(p.numel() for p in parameters) / 1e6,
-        frozen=sum(p.numel() for p in teacher.parameters()) / 1e6,
+    operations = 3 * forward - 2 * frozen.get_total_flops()
+    return StepCost(
         crops=crops,
+        gflop=operations / crops / 1e9,
+        launches=live.launches,
+        saved_gib=saved / 2**30,
         peak_gib=live.peak / 2**30,
+        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6,
+        frozen=sum(p.numel() for p in teacher.parameters()) / 1e6,
     )
 
 
@@ -154,26 +170,29 @@ class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.peak = self._now = 0
+        self.peak = self.now = self.launches = 0
         self._known: set[int] = set()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
+        if func.namespace == "aten" and not func.is_view:
+            self.launches += 1
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if _is_tensor(t)}
         for value in tree_leaves(result):
-            if isinstance(value, Tensor):
+            if _is_tensor(value) and value.untyped_storage()._cdata not in given:  # no view
                 self._follow(value.untyped_storage())
-        self.peak = max(self.peak, self._now)
+        self.peak = max(self.peak, self.now)
         return result
 
     def _follow(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
         if key not in self._known:
             self._known.add(key)
-            self._now += size
+            self.now += size
             weakref.finalize(storage, self._drop, key, size)
 
     def _drop(self, key: int, size: int) -> None:
         self._known.discard(key)
-        self._now -= size
+        self.now -= size

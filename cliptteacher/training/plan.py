@@ -16,14 +16,21 @@ import torch
 
 from ..clip import load_clip
 from ..clip.model import CLIP, OPENAI_SIZES
-from ..clip.prompts import spell_class_name
+from ..clip.prompts import free_text_tower, spell_class_name
 from ..data import SeenOnly, open_dataset
 from ..data.catalog import BENCHMARKS
 from ..distributed import Process
 from ..framework import CLIPTeacher, CLIPTeacherConfig
 from ..segmenters import build_segmenter
 from .config import TrainConfig, changed_fields, show_flag, show_value
-from .cost import ASSUMED_TFLOPS, COUNTED_FOR, STEP_COSTS, StepCount, count_step, without_numbers
+from .cost import (
+    ASSUMED_LAUNCH_SECONDS,
+    ASSUMED_TFLOPS,
+    StepCost,
+    autocast_of_cuda,
+    count_step,
+    without_numbers,
+)
 from .optimizer import parameter_groups
 from .paper_recipes import PAPER_ROWS, ROOTS
 
@@ -55,13 +62,14 @@ def describe_dry_run(
     groups = parameter_groups(
         model, config.learning_rate, config.weight_decay, config.head_multiplier
     )
-    step = _count(model, config, process.world_size)
+    free_text_tower(clip)
+    counts = _count(model, config, sorted({process.world_size, PAPER_GPUS}))
     lines = [
         describe_run(recipe, config, groups, (seen, unseen), images, process),
         f"run directory: {config.output or f'runs/{recipe}-<date>'}",
-        *_memory_lines(config, step),
+        *_memory_lines(config, process.world_size, counts[process.world_size]),
         *(_row_lines(recipe, config) if recipe in PAPER_ROWS else ()),
-        *_cost_lines(config, step),
+        *_cost_lines(config, counts),
         *_change_lines(config, method),
     ]
     return "\n".join(lines)
@@ -93,20 +101,21 @@ def describe_run(
     return "\n".join(lines)
 
 
-def _memory_lines(config: TrainConfig, step: StepCount) -> Iterator[str]:
-    state = step.state_gib
+def _memory_lines(config: TrainConfig, processes: int, step: StepCost) -> Iterator[str]:
     yield (
-        f"memory of a process, counted for {step.crops} crops of {config.crop} pixels in "
-        f"{config.precision}: {state + step.peak_gib:.2f} GiB ="
+        f"memory of a process, counted by CUDA's rules for {step.crops} crops of {config.crop} "
+        f"pixels in {config.precision}: {step.memory_gib(processes):.2f} GiB ="
     )
     yield (
-        f"  {state:.2f} GiB weights and AdamW's moments (12 B x {step.trainable:.1f} M), "
+        f"  {step.state_gib:.2f} GiB weights and AdamW's moments (12 B x {step.trainable:.1f} M), "
         f"teacher (4 B x {step.frozen:.1f} M)"
     )
     yield (
-        f"  {step.peak_gib:.2f} GiB at the peak of a step: gradients, tensors saved for the "
-        "backward pass, temporaries"
+        f"  {step.peak_gib:.2f} GiB at the peak of a step, {step.saved_gib:.2f} of them saved for "
+        "the backward pass"
     )
+    if processes > 1:
+        yield f"  {step.buckets_gib:.2f} GiB gradients in DistributedDataParallel's buckets"
     yield (
         "  not in it: PyTorch itself, workspaces and reserves of the libraries, data loading, "
         "evaluation"
@@ -145,44 +154,42 @@ def _row_lines(recipe: str, config: TrainConfig) -> Iterator[str]:
         yield f"{len(unseen)} of its {len(target)} classes are unseen: {', '.join(unseen)}"
 
 
-def _cost_lines(config: TrainConfig, step: StepCount) -> Iterator[str]:
+def _cost_lines(config: TrainConfig, counts: dict[int, StepCost]) -> Iterator[str]:
     """Hours and memory of GPUs, and the arithmetic behind them."""
-    kept = all(getattr(config, name) == value for name, value in COUNTED_FOR.items())
-    cost = STEP_COSTS.get(config.segmenter, step) if kept else step
-    crops = config.iterations * config.batch_size
-    hours = cost.gpu_hours(crops)
-    if hours < 0.05:  # a run for a CPU, whose speed nobody knows
-        yield f"operations: {crops} crops x {cost.gflop:.1f} GFLOP"
-        return
+    if config.iterations * max(step.seconds() for step in counts.values()) < 600:
+        return  # a run for a CPU, whose speed nobody knows
     yield (
-        f"cost, estimated: {crops} crops x {cost.gflop:.1f} GFLOP / {ASSUMED_TFLOPS:g} TFLOP/s, "
-        f"assumed of an A100 in bf16, = {hours:.1f} GPU hours; a GPU takes "
-        f"{cost.crops_per_second():.0f} crops a second"
+        f"estimated, not measured: the longer of operations at {ASSUMED_TFLOPS:g} TFLOP/s, assumed "
+        f"of an A100 in bf16, and launches at {ASSUMED_LAUNCH_SECONDS * 1e6:g} us"
     )
-    for gpus in (1, PAPER_GPUS):
-        share = -(-config.batch_size // gpus)
+    for gpus, step in counts.items():
+        seconds = config.accumulate * step.seconds()
         yield (
-            f"  {gpus} GPU{'s' if gpus > 1 else ''}: {hours / gpus:.1f} hours, "
-            f"{cost.memory_gib(share):.1f} GiB each = 16 B x {cost.trainable:.1f} M + "
-            f"4 B x {cost.frozen:.1f} M + {share} crops x {cost.saved_gib:.2f} GiB"
+            f"  {gpus} GPU{'s' if gpus > 1 else ''}: {step.crops} crops x {step.gflop:.1f} GFLOP, "
+            f"{step.launches} launches: {1e3 * seconds:.0f} ms an iteration, "
+            f"{config.iterations * seconds / 3600:.1f} hours, {step.memory_gib(gpus):.1f} GiB each"
         )
 
 
-def _count(model: CLIPTeacher, config: TrainConfig, processes: int) -> StepCount:
-    """Count a step of one process; the model cannot be used afterwards."""
-    crops = -(-config.batch_size // (processes * config.accumulate))
-    size = (crops, config.crop, config.crop)
+def _count(
+    model: CLIPTeacher, config: TrainConfig, processes: Sequence[int]
+) -> dict[int, StepCost]:
+    """Count a step of one among so many processes; the model cannot train afterwards."""
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
-    with without_numbers(model), torch.autocast("cpu", kind, enabled=kind is not None):
-        images = torch.empty(size[0], 3, *size[1:])
-        labels = torch.empty(size, dtype=torch.uint8)
-        return count_step(
-            step=lambda: model.train()(images, labels)["total"],
-            teacher_pass=lambda: model.encode(images),
-            model=model,
-            teacher=model.clip,
-            crops=crops,
-        )
+    counts = {}
+    with without_numbers(model.train()), autocast_of_cuda(kind):
+        for number in processes:
+            crops = -(-config.batch_size // (number * config.accumulate))
+            images = torch.empty(crops, 3, config.crop, config.crop)
+            labels = torch.empty(crops, config.crop, config.crop, dtype=torch.uint8)
+            counts[number] = count_step(
+                step=lambda: model(images, labels)["total"],  # noqa: B023
+                teacher_pass=lambda: model.encode(images),  # noqa: B023
+                model=model,
+                teacher=model.clip,
+                crops=crops,
+            )
+    return counts
 
 
 def _count_data(config: TrainConfig) -> tuple[int, int, int]:
