@@ -8,6 +8,8 @@ Section 3.4 of arXiv:2310.02296v1. CLIP's image encoder takes no part:
     labels   = argmax over A of logits, bilinear to the original size
 
 The logits are upsampled, not the features: no tensor has C channels at full size.
+Deviation: one bilinear step to the original size, where the toolbox takes a second by way of the
+size of its crops.
 Cost: one forward pass of the student, plus A channels at the size of the image.
 """
 
@@ -62,7 +64,7 @@ class Predictor(nn.Module):
         mode: "whole" image at once, or overlapping windows, "slide".
         window: side of a window in pixels.
         stride: step between windows in pixels.
-        window_batch: windows of an image in one forward pass.
+        window_batch: windows in one forward pass.
         resize: resize images to fit into these (long, short) sides, (2048, 512) in the
             benchmarks. Images shrink with antialiasing, as in training.
         size_divisor: pad images by reflection to a multiple of this, the student's largest stride.

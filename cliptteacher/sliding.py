@@ -20,7 +20,7 @@ def slide(
         images: (B, 3, H, W).
         window: side of a window in pixels; the image's own where that is smaller.
         stride: step between windows in pixels.
-        batch: windows of each image that are predicted together.
+        batch: most windows, of all images, that are predicted together; at least one of each image.
 
     Returns:
         Maps (B, A, H, W).
@@ -34,8 +34,9 @@ def slide(
     ]
     total: Tensor | None = None
     count = images.new_zeros(H, W)
-    for first in range(0, len(corners), batch):
-        chunk = corners[first : first + batch]
+    at_once = max(1, batch // len(images))
+    for first in range(0, len(corners), at_once):
+        chunk = corners[first : first + at_once]
         maps = predict(torch.cat([images[:, :, y : y + height, x : x + width] for y, x in chunk]))
         if total is None:
             total = maps.new_zeros(len(images), maps.shape[1], H, W)
@@ -43,7 +44,7 @@ def slide(
             total[:, :, y : y + height, x : x + width] += part
             count[y : y + height, x : x + width] += 1
     assert total is not None  # an image has at least one window
-    return total / count
+    return total.div_(count)
 
 
 def window_starts(length: int, window: int, stride: int) -> list[int]:
