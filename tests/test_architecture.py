@@ -33,7 +33,11 @@ BESIDE = {
     "checkpoint": {"files", "logits", "tensors"},
     "command_line": {"files"},
 }
-ROOT = {"IGNORE_INDEX", "__version__"}  # what the rooms take from the package itself
+ROOT = {
+    "IGNORE_INDEX",
+    "PADDING_INDEX",
+    "__version__",
+}  # what the rooms take from the package itself
 LEAVES = ("kmeans", "fusion", "losses", "metrics", "logits", "sliding")
 PACKAGES = {"torch", "torchvision", "ftfy", "regex", "numpy", "PIL"}
 ALONE = (*LEAVES, "vla", "distributed", "clip/model")
@@ -207,7 +211,7 @@ def test_every_public_name_has_a_type() -> None:
     }
     homes = {name: f"{room}.{name}" for name, room in cliptteacher._HOME.items()}
     assert typed == {**homes, **{room: room for room in cliptteacher._ROOMS}}
-    assert {*typed, "IGNORE_INDEX"} == set(cliptteacher.__all__)
+    assert {*typed, "IGNORE_INDEX", "PADDING_INDEX"} == set(cliptteacher.__all__)
 
 
 LOADED = [

@@ -1,4 +1,4 @@
-"""What a person with a GPU runs first, on a CPU: every part answers, and a CPU agrees with itself."""
+"""What a person with a GPU runs first, here on a CPU, which agrees with itself."""
 
 import importlib
 import json

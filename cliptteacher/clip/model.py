@@ -364,21 +364,18 @@ class CLIP(nn.Module):
             (n, C), not normalised.
 
         Raises:
-            ValueError: ``ids`` is no matrix or longer than the context, or the tower was freed.
+            ValueError: ``ids`` is not a matrix or longer than the context.
         """
         if ids.ndim != 2 or ids.shape[1] > self.config.context_length:
             raise ValueError(
                 f"`ids` must have shape (n, T) with T at most {self.config.context_length}, "
                 f"got {tuple(ids.shape)}; use `tokenize`"
             )
-        if self.token_embedding is None:
-            raise ValueError("the text tower of this CLIP was freed; load it again for new words")
         x = self.token_embedding(ids) + self.positional_embedding[: ids.shape[1]]
         x = self.ln_final(self.transformer(x))
         end = ids.argmax(dim=1)  # the end-of-text token has the largest id of all
-        return cast(
-            Tensor, x[torch.arange(len(ids), device=ids.device), end] @ self.text_projection
-        )
+        rows = torch.arange(ids.shape[0], device=ids.device)
+        return cast(Tensor, x[rows, end] @ self.text_projection)
 
     def _initialise(self) -> None:
         nn.init.normal_(self.token_embedding.weight, std=0.02)

@@ -70,7 +70,15 @@ def class_text_features(
 
 
 def free_text_tower(clip: CLIP) -> None:
-    """Drop what encodes text, 0.24 GiB of ViT-B/16, once all words are encoded."""
+    """Drop what encodes text, 0.24 GiB of ViT-B/16, once all words are encoded.
+
+    >>> import cliptteacher as ct
+    >>> clip = ct.load_clip("miniworld")
+    >>> free_text_tower(clip)
+    >>> ct.class_text_features(clip, ["cat"])
+    Traceback (most recent call last):
+    ValueError: the text tower of this CLIP was freed; load it again for new words
+    """
     clip.transformer = clip.token_embedding = clip.ln_final = None  # type: ignore[assignment]
     clip.positional_embedding = clip.text_projection = None  # type: ignore[assignment]
 
@@ -155,6 +163,8 @@ def _resolve_templates(templates: Templates) -> Sequence[str]:
 @torch.no_grad()
 def _encode_prompts(clip: CLIP, prompts: Sequence[str]) -> Tensor:
     """Encode prompts (p of them) as (p, C), in passes of bounded memory."""
+    if clip.token_embedding is None:
+        raise ValueError("the text tower of this CLIP was freed; load it again for new words")
     ids = tokenize(prompts, context_length=clip.config.context_length)
     # Attention is causal: what stands behind the last end of text cannot change a feature.
     ids = ids[:, : int(ids.argmax(dim=1).max()) + 1].to(clip.logit_scale.device)
