@@ -223,9 +223,10 @@ def _teacher(
         tokens = teacher.dense if model.config.tokens == "projected" else teacher.final
         seen = lookup[labels.long()][None].to(device)
         groups = model.plm.group_tokens(tokens, seen)[0][0]
+        weights = attention_weights(dense.float(), teacher.cls.float(), model.config.glm_query)[0]
         maps = [
             cluster_map(image, torch.zeros(1, 1, dtype=torch.long), alpha=0.0),
-            heat_map(image, attention_weights(dense.float(), teacher.cls.float())[0]),
+            heat_map(image, weights),
             cluster_map(image, groups),
         ]
         count = len(set(groups[groups >= 0].tolist()))

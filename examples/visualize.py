@@ -170,7 +170,8 @@ def measure_attention(
 def attention_of(sample: Sample, trained: TrainedSegmenter, clip: CLIP) -> Tensor:
     """W of Eq. (1), (h, w), with the student's features and the teacher's CLS token."""
     features = trained.segmenter(sample.image[None].float() / 255)
-    return attention_weights(features, encode(clip, sample).cls)[0]
+    query = trained.checkpoint.get("config", {}).get("glm_query", "raw")
+    return attention_weights(features, encode(clip, sample).cls, query)[0]
 
 
 def attention_shares(
