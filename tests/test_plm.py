@@ -406,6 +406,24 @@ def test_group_tokens_equal_one_image_at_a_time(threshold: float) -> None:
         assert (groups[0] == -1).all() and groups[1].max() >= 1
 
 
+def test_tf32_does_not_reach_the_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounding to ten bits would flip near ties and the threshold of Algorithm 1."""
+    found = []
+
+    def watched(*arguments: Any) -> Any:
+        found.append(torch.get_float32_matmul_precision())
+        return masked_kmeans(*arguments)
+
+    monkeypatch.setattr("cliptteacher.plm.masked_kmeans", watched)
+    _, _, dense, _, labels, _ = random_batch()
+    torch.set_float32_matmul_precision("high")
+    try:
+        build(**SCENE).group_tokens(dense, labels)
+        assert found == ["highest"] and torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 def test_a_token_takes_part_above_the_share_not_at_it() -> None:
     labels = torch.zeros(1, 2, 4, dtype=torch.uint8)
     labels[0, 0, :] = 255  # half of either token

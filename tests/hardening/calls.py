@@ -268,7 +268,7 @@ def steps(draw: Draw, folder: Path) -> Case:
         case "value":
             labels = labels.to(draw.one(torch.uint8, torch.int64, torch.int32))
             value = draw.one(
-                2, 3, 254, 200, *([-1, 256, -255, 2**31 - 1] if labels.dtype != torch.uint8 else [])
+                2, 3, 253, 200, *([-1, 256, -255, 2**31 - 1] if labels.dtype != torch.uint8 else [])
             )
             labels[draw.whole(0, 1), draw.whole(0, 31), draw.whole(0, 31)] = value
         case "kind":
