@@ -42,7 +42,7 @@ def make_space(folder: Path) -> Path:
 
 def options(space: Path, output: Path | None, *more: str) -> list[str]:
     text = f"""--data folder --root {space / "data"} --clip {space / "clip.pt"}
-        --segmenter segformer_nano --iterations 6 --batch-size 4 --crop 32 --resize 64 64
+        --segmenter segformer_nano --iterations 6 --batch-size 4 --crop 64 --resize 64 64
         --checkpoint-interval 2 --eval-interval 0 --log-interval 1
         --warmup 1 --kmeans-iterations 2 --bank-size 2 --device cpu --seed 3"""
     where = [] if output is None else ["--output", str(output)]
