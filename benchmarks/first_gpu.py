@@ -98,15 +98,17 @@ def batch(device: torch.device, size: int = 128) -> tuple[Tensor, Tensor]:
 def run(device: torch.device, kind: str) -> dict[str, Tensor]:
     """One step; everything comes back on the CPU."""
     model, (images, labels) = build(device).train(), batch(device)
-    before = torch.get_float32_matmul_precision()
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("high" if kind == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = kind == "tf32"  # PyTorch rounds convolutions by default
     try:
         with torch.autocast(device.type, KINDS[kind], enabled=KINDS[kind] is not None):
             losses = model(images, labels)
             dense = model.encode(images).dense
         losses["total"].backward()
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
     gradients = [p.grad.flatten() for p in model.segmenter.parameters() if p.grad is not None]
     predictor = ct.Predictor(model.segmenter, model.seen_text, unseen=[7])
     found = {
@@ -192,7 +194,7 @@ def step(device: torch.device, name: str, crops: int, quick: bool) -> dict[str, 
     found = {"ms": round(1e3 * statistics.median(seconds[warm:]), 1)}
     if on_gpu:
         found["gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-    cost = count(name, crops, crop)
+    (cost,) = count(name, [crops], crop)
     return found | {
         "counted_ms": round(1e3 * cost.seconds(), 1),
         "counted_gib": round(cost.memory_gib(), 2),

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 
 import torch
@@ -20,12 +21,7 @@ from cliptteacher.clip.model import CLIP, CLIPConfig
 from cliptteacher.clip.prompts import free_text_tower
 from cliptteacher.framework import CLIPTeacher, CLIPTeacherConfig
 from cliptteacher.segmenters import build_segmenter, list_segmenters
-from cliptteacher.training.cost import (
-    StepCost,
-    autocast_of_cuda,
-    count_step,
-    without_numbers,
-)
+from cliptteacher.training.cost import StepCost, count_model
 
 SEEN = 49  # classes with labels, as in PASCAL Context
 CROPS = (2, 16)
@@ -40,14 +36,17 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     costs = {}
     for name in args.segmenters:
-        costs[name] = [asdict(count(name, crops, args.crop)) for crops in CROPS]
+        costs[name] = [
+            {key: round(value, 2) for key, value in asdict(cost).items()}
+            for cost in count(name, CROPS, args.crop)
+        ]
         for cost in costs[name]:
             print(name, json.dumps(cost), flush=True)
     print(json.dumps({"crop": args.crop, "clip": "ViT-B/16", "costs": costs}))
 
 
-def count(name: str, crops: int, crop: int = 512) -> StepCost:
-    """Count one step of the literal recipe with this student."""
+def count(name: str, crops: Sequence[int], crop: int) -> list[StepCost]:
+    """Count a step of the literal method with this student, for each batch size."""
     auxiliary = name.startswith("swin")
     options = {"auxiliary": True} if auxiliary else {}
     with torch.device("meta"):
@@ -55,20 +54,9 @@ def count(name: str, crops: int, crop: int = 512) -> StepCost:
         student = build_segmenter(name, clip.embed_dim, **options)
     names = [f"class {number}" for number in range(SEEN)]
     method = CLIPTeacherConfig(auxiliary_weight=0.4 if auxiliary else 0.0)
-    model = CLIPTeacher(clip, student, names, method).train()
+    model = CLIPTeacher(clip, student, names, method)
     free_text_tower(clip)
-    with without_numbers(model), autocast_of_cuda(torch.bfloat16):
-        images = torch.empty(crops, 3, crop, crop)
-        labels = torch.empty(crops, crop, crop, dtype=torch.uint8)
-        step = count_step(
-            step=lambda: model(images, labels)["total"],
-            teacher_pass=lambda: model.encode(images),
-            model=model,
-            teacher=clip,
-            crops=crops,
-        )
-    rounded = {key: round(value, 2) for key, value in asdict(step).items()}
-    return StepCost(**rounded)
+    return count_model(model, crops, crop, torch.bfloat16)
 
 
 if __name__ == "__main__":

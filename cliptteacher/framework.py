@@ -30,7 +30,7 @@ from .glm import GlobalLearningModule, Pooling, Query, split_windows
 from .logits import Similarity, class_chunks, pixel_logits, upsample, upsampled_logsumexp
 from .losses import NELoss, count_pairs, full_precision, nel
 from .options import holds
-from .plm import PixelLearningModule, PLMConfig, count_labelled, resize_nearest
+from .plm import PixelLearningModule, PLMConfig, mean_over_labelled, resize_nearest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,9 +220,8 @@ class CLIPTeacher(nn.Module):
         )
         if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
             raise ValueError(f"{need}, got {labels.dtype}")
-        known = ((labels >= 0) & (labels < S)) | (labels >= PADDING_INDEX) & (
-            labels <= IGNORE_INDEX
-        )
+        known = (labels >= 0) & (labels < S)
+        known = known | (labels == IGNORE_INDEX) | (labels == PADDING_INDEX)
         if not holds(known.all(), need):
             wrong = torch.unique(labels[~known])[:8].tolist()
             raise ValueError(f"{need}, got {wrong}; data.SeenOnly makes such labels")
@@ -308,10 +307,8 @@ def seen_cross_entropy(seen_logits: Tensor, labels: Tensor, over_processes: bool
     Returns:
         scalar, the mean over the labelled pixels; 0 without one.
     """
-    labelled = labels != IGNORE_INDEX
     total, own = upsampled_logsumexp(seen_logits, labels.long())
-    losses = (total - own).masked_fill(~labelled, 0.0)
-    return losses.sum() / count_labelled(labelled, over_processes)
+    return mean_over_labelled(total - own, labels != IGNORE_INDEX, over_processes)
 
 
 def distill_loss(features: Tensor, dense: Tensor) -> Tensor:

@@ -40,8 +40,13 @@ def attention_weights(features: Tensor, cls: Tensor, query: Query = "raw") -> Te
 
     Returns:
         W (B, h, w) in full precision (float32, or float64 for float64), each map sums to 1.
+
+    Raises:
+        ValueError: ``query`` is unknown.
     """
     B, C, h, w = features.shape
+    if query not in ("raw", "unit"):
+        raise ValueError(f'`query` must be "raw" or "unit", got {query!r}')
     s = full_precision(cls)
     s = F.normalize(s, dim=1) if query == "unit" else s
     scores = torch.einsum("bc,bchw->bhw", s.to(features.dtype), features)

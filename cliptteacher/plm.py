@@ -212,14 +212,24 @@ def pixel_cross_entropy(
     labelled = labels != NO_LABEL
     if not seen_competition:
         total = torch.where(labelled & (labels < num_seen), seen_total, total)
-    losses = (total - seen_own - potential_own).masked_fill(~labelled, 0.0)
-    return losses.sum() / count_labelled(labelled, over_processes)
+    return mean_over_labelled(total - seen_own - potential_own, labelled, over_processes)
 
 
-def count_labelled(labelled: Tensor, over_processes: bool = False) -> Tensor:
-    """Count the pixels of a bool mask, or average the counts of all processes; at least 1."""
+def mean_over_labelled(losses: Tensor, labelled: Tensor, over_processes: bool = False) -> Tensor:
+    """Average losses over the pixels of a bool mask, or divide by the mean count of all processes.
+
+    Args:
+        losses: (B, H, W).
+        labelled: (B, H, W) bool.
+        over_processes: see ``pixel_cross_entropy``.
+
+    Returns:
+        scalar; 0 without a labelled pixel.
+    """
     count = labelled.sum()
-    return (mean_over_processes(count.float()) if over_processes else count).clamp(min=1)
+    if over_processes:
+        count = mean_over_processes(count.float())
+    return losses.masked_fill(~labelled, 0.0).sum() / count.clamp(min=1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -503,3 +503,8 @@ def test_unknown_pooling() -> None:
 def test_negative_bank_size() -> None:
     with pytest.raises(ValueError, match="at least 0, got -1"):
         GlobalLearningModule(bank_size=-1)
+
+
+def test_an_unknown_query_is_refused() -> None:
+    with pytest.raises(ValueError, match='`query` must be "raw" or "unit", got \'units\''):
+        attention_weights(torch.zeros(1, 2, 3, 3), torch.zeros(1, 2), "units")

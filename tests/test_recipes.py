@@ -6,6 +6,7 @@ import re
 import shlex
 from argparse import ArgumentParser
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -28,6 +29,7 @@ from cliptteacher.training.cost import (
     StepCost,
     _LiveBytes,
     autocast_of_cuda,
+    count_model,
     count_step,
     without_numbers,
 )
@@ -79,26 +81,11 @@ def counted_before(train: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "_count", lambda model, config, processes: COUNTED)
 
 
-COUNTED = {
-    1: StepCost(
-        crops=16,
-        gflop=500.0,
-        launches=9000,
-        saved_gib=4.0,
-        peak_gib=7.0,
-        trainable=67.108864,
-        frozen=67.108864,
-    ),
-    8: StepCost(
-        crops=2,
-        gflop=500.0,
-        launches=10_000,
-        saved_gib=2.0,
-        peak_gib=3.75,
-        trainable=67.108864,
-        frozen=67.108864,
-    ),
-}
+_ONE = StepCost(
+    crops=16, gflop=500.0, launches=9000, saved_gib=4.0, peak_gib=7.0, trainable=67.108864,
+    frozen=67.108864,
+)  # fmt: skip
+COUNTED = {1: _ONE, 8: replace(_ONE, crops=2, launches=10_000, saved_gib=2.0, peak_gib=3.75)}
 
 
 def test_there_is_a_recipe_for_every_row() -> None:
@@ -465,12 +452,19 @@ def test_memory_is_that_of_the_rehearsal(
     with torch.device("meta"):
         clip = CLIP(CLIPConfig())
         segmenter = build_segmenter(student, clip.embed_dim)
-    model = CLIPTeacher(clip, segmenter, [f"class {number}" for number in range(seen)]).train()
+    model = CLIPTeacher(clip, segmenter, [f"class {number}" for number in range(seen)])
     kind = torch.bfloat16 if precision == "bf16" else None
-    with without_numbers(model), autocast_of_cuda(kind):
-        images = torch.empty(crops, 3, 512, 512)
-        labels = torch.empty(crops, 512, 512, dtype=torch.uint8)
-        cost = count_step(
-            lambda: model(images, labels)["total"], lambda: model.encode(images), model, clip, crops
-        )
+    (cost,) = count_model(model, [crops], 512, kind)
     assert cost.memory_gib() == pytest.approx(rehearsed, rel=0.05)
+
+
+@pytest.mark.slow
+def test_the_cost_program(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    importlib.import_module("step_cost").main(["segformer_nano", "--crop", "64"])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    two, sixteen = result["costs"]["segformer_nano"]
+    assert (two["crops"], sixteen["crops"]) == (2, 16)
+    assert two["peak_gib"] < sixteen["peak_gib"] and two["trainable"] == sixteen["trainable"]

@@ -17,9 +17,10 @@ and the CUDA context (about half a GiB).
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +31,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from ..framework import CLIPTeacher
 
 # Of the 312 that an A100 can reach in bf16: small convolutions, norms and attention over few
 # channels are bound by memory.
@@ -113,10 +116,6 @@ class _InFloat32(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor)
-
-
 def _widen(value: Any) -> Any:
     is_half = isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
     return value.float() if is_half else value
@@ -165,6 +164,38 @@ def count_step(
     )
 
 
+def count_model(
+    model: CLIPTeacher, crops: Sequence[int], crop: int, dtype: torch.dtype | None
+) -> list[StepCost]:
+    """Count a step of each batch size by the rules of CUDA; the model cannot train afterwards.
+
+    Args:
+        model: loses the numbers of its parameters.
+        crops: batch sizes.
+        crop: side of a crop in pixels.
+        dtype: of autocast; None is none.
+    """
+    counts = []
+    with without_numbers(model.train()), autocast_of_cuda(dtype):
+        for number in crops:
+            images = torch.empty(number, 3, crop, crop)
+            labels = torch.empty(number, crop, crop, dtype=torch.uint8)
+            step = partial(_total, model, images, labels)
+            counts.append(
+                count_step(step, partial(model.encode, images), model, model.clip, number)
+            )
+    return counts
+
+
+def _total(model: CLIPTeacher, images: Tensor, labels: Tensor) -> Tensor:
+    total: Tensor = model(images, labels)["total"]
+    return total
+
+
+def _storages(tree: Any) -> list[torch.UntypedStorage]:
+    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
 class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows the storages that operations make until they are dropped."""
 
@@ -179,10 +210,10 @@ class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **(kwargs or {}))
         if func.namespace == "aten" and not func.is_view:
             self.launches += 1
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if _is_tensor(t)}
-        for value in tree_leaves(result):
-            if _is_tensor(value) and value.untyped_storage()._cdata not in given:  # no view
-                self._follow(value.untyped_storage())
+        given = {storage._cdata for storage in _storages((args, kwargs))}
+        for storage in _storages(result):
+            if storage._cdata not in given:  # no view
+                self._follow(storage)
         self.peak = max(self.peak, self.now)
         return result
 

@@ -23,14 +23,7 @@ from ..distributed import Process
 from ..framework import CLIPTeacher, CLIPTeacherConfig
 from ..segmenters import build_segmenter
 from .config import TrainConfig, changed_fields, show_flag, show_value
-from .cost import (
-    ASSUMED_LAUNCH_SECONDS,
-    ASSUMED_TFLOPS,
-    StepCost,
-    autocast_of_cuda,
-    count_step,
-    without_numbers,
-)
+from .cost import ASSUMED_LAUNCH_SECONDS, ASSUMED_TFLOPS, StepCost, count_model
 from .optimizer import parameter_groups
 from .paper_recipes import PAPER_ROWS, ROOTS
 
@@ -175,21 +168,10 @@ def _count(
     model: CLIPTeacher, config: TrainConfig, processes: Sequence[int]
 ) -> dict[int, StepCost]:
     """Count a step of one among so many processes; the model cannot train afterwards."""
+    crops = [-(-config.batch_size // (number * config.accumulate)) for number in processes]
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
-    counts = {}
-    with without_numbers(model.train()), autocast_of_cuda(kind):
-        for number in processes:
-            crops = -(-config.batch_size // (number * config.accumulate))
-            images = torch.empty(crops, 3, config.crop, config.crop)
-            labels = torch.empty(crops, config.crop, config.crop, dtype=torch.uint8)
-            counts[number] = count_step(
-                step=lambda: model(images, labels)["total"],  # noqa: B023
-                teacher_pass=lambda: model.encode(images),  # noqa: B023
-                model=model,
-                teacher=model.clip,
-                crops=crops,
-            )
-    return counts
+    counts = count_model(model, crops, config.crop, kind)
+    return dict(zip(processes, counts, strict=True))
 
 
 def _count_data(config: TrainConfig) -> tuple[int, int, int]:

@@ -38,7 +38,7 @@ _FROM_SCRATCH: dict[str, Any] = {
     "warmup": 50,
     "dice_weight": 5.0,
     "glm_query": "unit",
-    "loss_size": "features",  # a fourth of the time of the losses on a CPU
+    "loss_size": "features",  # a step takes four fifths of the time on a CPU
     "checkpoint_interval": 200,
     "log_interval": 20,
 }
