@@ -90,9 +90,9 @@ def set_precision(precision: str, process: Process) -> None:
         precision: "fp32", "tf32", "bf16" or "fp16".
         process: this process.
     """
-    if precision == "tf32":
-        torch.set_float32_matmul_precision("high")
-        torch.backends.cudnn.allow_tf32 = True
+    tf32 = precision == "tf32"  # PyTorch's own choice differs: products exact, convolutions not
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
     if process.device.type != "cuda":
         return
     torch.backends.cudnn.benchmark = True  # batches have one size

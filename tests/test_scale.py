@@ -135,14 +135,15 @@ def test_half_precision_learns_nearly_the_same(
     assert nn.functional.cosine_similarity(*gradients, dim=0) > 0.99
 
 
-def test_tf32_is_switched_on_when_asked_for(
+def test_tf32_is_on_when_asked_for_and_off_otherwise(
     watched: Watched, space: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
     monkeypatch.setattr(torch, "set_float32_matmul_precision", asked.append)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     watched.run(space, tmp_path / "plain")
-    assert asked == [] and not torch.backends.cudnn.allow_tf32
+    assert asked == ["highest"] and not torch.backends.cudnn.allow_tf32
+    asked.clear()
     watched.run(space, tmp_path / "tf32", "--precision", "tf32")
     assert asked == ["high"] and torch.backends.cudnn.allow_tf32
 
