@@ -4,7 +4,7 @@ r"""Run every program of speed/ and write the table of speed.md: machine, versio
     python benchmarks/run.py --threads 1
     python benchmarks/run.py --only kmeans fusion --dry-run
 
-About ten minutes on two cores. With one thread the times are the processor's, so that other
+About fifteen minutes on two cores. With one thread the times are the processor's, so that other
 programs disturb them less. The last line is JSON, all rows of all programs.
 """
 
@@ -24,8 +24,14 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-PROGRAMS = ("kmeans", "fusion", "losses", "metrics", "teacher", "students")
-PEERS = ("faiss-cpu", "scikit-learn", "torchmetrics", "transformers", "segmentation-models-pytorch")
+PROGRAMS = (
+    *("kmeans", "fusion", "losses", "metrics", "teacher", "students"),
+    *("step", "inference", "loader", "growth"),
+)
+PEERS = (
+    *("faiss-cpu", "scikit-learn", "torch-kmeans", "fast-pytorch-kmeans", "torchmetrics"),
+    *("open_clip_torch", "transformers", "segmentation-models-pytorch"),
+)
 BEGIN, END = "<!-- table of run.py -->", "<!-- end of the table -->"
 
 
