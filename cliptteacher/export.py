@@ -160,7 +160,8 @@ def save_onnx(program: ExportedProgram, path: str | Path, description: str) -> N
     )
     assert written is not None
     written.model.metadata_props["description"] = description
-    written.save(str(path))
+    with write_whole(path) as file:
+        file.write(written.model_proto.SerializeToString())
 
 
 def _resizing(side: int, target: int) -> Tensor:
