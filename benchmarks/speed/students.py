@@ -1,4 +1,4 @@
-"""SegFormer-B0 at 512 x 512, forward pass and train step, against two other implementations.
+"""SegFormer-B0 and B4 at 512 x 512, forward pass and train step, against two other implementations.
 
     OMP_NUM_THREADS=1 python benchmarks/speed/students.py
 
@@ -14,18 +14,26 @@ from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
 from cliptteacher.segmenters import build_segmenter
 
-C, SIDE, MULTIPLY_ADDS = 512, 512, 5.6e9  # counted by benchmarks/students.py
+C, SIDE = 512, 512
+MULTIPLY_ADDS = {"b0": 7.0e9, "b4": 57.6e9}  # with those of attention
 
 
-def measure(rounds: int) -> list[dict[str, object]]:
-    config = SegformerConfig(num_labels=C)  # the sizes of B0
-    networks: dict[str, nn.Module] = {
-        "ours": build_segmenter("segformer_b0", C),
-        "transformers": SegformerForSemanticSegmentation(config),
+def build(size: str) -> dict[str, nn.Module]:
+    more = {}
+    if size == "b4":
+        more = {"depths": [3, 8, 27, 3], "hidden_sizes": [64, 128, 320, 512]}
+        more["decoder_hidden_size"] = 768
+    return {
+        "ours": build_segmenter(f"segformer_{size}", C),
+        "transformers": SegformerForSemanticSegmentation(SegformerConfig(num_labels=C, **more)),
         "segmentation-models-pytorch": smp.Segformer(
-            "mit_b0", encoder_weights=None, classes=C, upsampling=1
+            f"mit_{size}", encoder_weights=None, classes=C, upsampling=1
         ),
     }
+
+
+def measure(size: str, rounds: int) -> list[dict[str, object]]:
+    networks = build(size)
     images = torch.rand(1, 3, SIDE, SIDE)
 
     def forward(network: nn.Module) -> torch.Tensor:
@@ -46,9 +54,11 @@ def measure(rounds: int) -> list[dict[str, object]]:
             network.train(work is step)
         ways = {name: lambda n=network, w=work: w(n) for name, network in networks.items()}
         times = race(ways, rounds)
-        rows.append(report(f"SegFormer-B0, {what}", times, 1.0, floor_ms(share * MULTIPLY_ADDS)))
+        floor = floor_ms(share * MULTIPLY_ADDS[size])
+        rows.append(report(f"SegFormer-{size.upper()}, {what}", times, 1.0, floor))
     return rows
 
 
 if __name__ == "__main__":
-    finish(measure(start(__doc__)))
+    rounds = start(__doc__)
+    finish([*measure("b0", rounds), *measure("b4", max(2, rounds // 3))])
