@@ -4,7 +4,7 @@ r"""Run every program of speed/ and write the table of speed.md: machine, versio
     python benchmarks/run.py --threads 1
     python benchmarks/run.py --only kmeans fusion --dry-run
 
-About fifteen minutes on two cores. With one thread the times are the processor's, so that other
+About twenty minutes on two cores. With one thread the times are the processor's, so that other
 programs disturb them less. The last line is JSON, all rows of all programs.
 """
 
