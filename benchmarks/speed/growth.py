@@ -91,7 +91,7 @@ def measure_time(rounds: int) -> list[dict[str, object]]:
     return rows
 
 
-def peak_mib(classes: int, crop: int) -> float:
+def resident_mib(classes: int, crop: int) -> float:
     """Peak resident size of this program as a training process."""
     command = [sys.executable, "-W", "ignore", __file__, "train", str(classes), str(crop)]
     process = subprocess.Popen(command)
@@ -117,7 +117,7 @@ def train(classes: int, crop: int) -> None:
 
 
 def measure_memory() -> list[dict[str, object]]:
-    plain, more, larger = peak_mib(15, 128), peak_mib(150, 128), peak_mib(15, 256)
+    plain, more, larger = resident_mib(15, 128), resident_mib(150, 128), resident_mib(15, 256)
     return [
         report("peak of a run", {"15 classes, crop 128": plain, "1 GiB": 1024}, 1.0, unit="MiB"),
         report("peak, 150 classes", {"ours": more, "10 x plain": 10 * plain}, 1.0, unit="MiB"),

@@ -10,9 +10,9 @@ second row is what a method that needs CLIP at test time pays: ViT-B/16's dense 
 import tempfile
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
+from loader import HEIGHT, WIDTH, write_photographs
 from PIL import Image
 from race import finish, race, report, start
 from torch import Tensor
@@ -28,13 +28,7 @@ from cliptteacher.data.images import to_image
 from cliptteacher.inference import Predictor
 from cliptteacher.segmenters import build_segmenter
 
-WIDTH, HEIGHT, WORDS = 640, 480, 171
-
-
-def write_photograph(path: Path) -> None:
-    coarse = np.random.default_rng(0).integers(256, size=(60, 80, 3), dtype=np.uint8)
-    image = Image.fromarray(coarse).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)
-    image.save(path, quality=90)
+WORDS = 171
 
 
 def measure(rounds: int) -> list[dict[str, object]]:
@@ -45,8 +39,8 @@ def measure(rounds: int) -> list[dict[str, object]]:
     processor = SegformerImageProcessor(do_resize=False)
     predict, predict_by_clip = Predictor(student, text), Predictor(DenseTokens(clip).eval(), text)
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-        path = Path(folder) / "photograph.jpg"
-        write_photograph(path)
+        write_photographs(Path(folder), 1)
+        (path,) = (Path(folder) / "images").iterdir()
 
         def pipeline() -> Tensor:
             image = Image.open(path).convert("RGB")
