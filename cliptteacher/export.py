@@ -24,7 +24,6 @@ from torch.export import Dim, ExportedProgram
 from .files import write_whole
 from .inference import Predictor
 from .logits import pixel_logits, upsampled_argmax
-from .segmenters.free_size import free_sizes
 
 INPUT, OUTPUTS = "images", ("labels", "logits")
 OPSET = 20  # of ONNX
@@ -53,7 +52,7 @@ class ExportableSegmenter(nn.Module):
                 "cut large pictures into windows outside of the program"
             )
         own = copy.deepcopy(predictor).cpu().eval()
-        self.segmenter = free_sizes(own.segmenter).requires_grad_(False)
+        self.segmenter = own.segmenter.requires_grad_(False)
         self.resize, self.divisor = own.resize, own.size_divisor
         self.logit_scale, self.similarity = own.logit_scale, own.similarity
         self.register_buffer("text_features", own.text_features)

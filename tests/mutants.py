@@ -633,14 +633,17 @@ SEGMENTERS = [
     ("options of the student forgotten", '**content["segmenter_options"])', ")", SAVED),
 ]
 
-FREE_SIZE = [
+SWIN = [
     ("cells end one pixel early", "end = ((cells + 1) * side + size - 1) // size", "end = (cells + 1) * side // size"),
     ("sums instead of means", " / (end - first).to(like.dtype)", ""),
     ("rows and columns swapped", "return rows @ x @ columns.T", "return columns @ x @ rows.T"),
+]
+
+SWIN_ATTENTION = [
     ("one window is shifted too", "shift * (positions[-1] >= window)", "shift"),
-    ("everyone is a neighbour", "scores = scores + apart[:, None]", "scores = scores + 0"),
-    ("not shifted back", "x = x.index_select(1, back_y).index_select(2, back_x)", "x = x.index_select(1, back_y)"),
-    ("no bias of positions", "scores = scores + layer.get_relative_position_bias()", "scores = scores + 0"),
+    ("everyone is a neighbour", "        if shift:", "        if False:"),
+    ("not shifted back", "row, column = back_y[:, None], back_x", "row, column = torch.arange(height)[:, None], back_x"),
+    ("no bias of positions", "key.mT + bias)", "key.mT + 0 * bias)"),
 ]
 
 MODULE = {"select": "module_does or stays or windows"}  # the others trace, for minutes
@@ -681,7 +684,8 @@ GROUPS = [
     ("segmenters/padding.py", ("padding",), PADDING),
     ("segmenters/fpn.py", ("fpn",), FPN),
     ("segmenters/__init__.py", ("trained_segmenter",), SEGMENTERS),
-    ("segmenters/free_size.py", ("free_size",), FREE_SIZE),
+    ("segmenters/swin.py", ("swin",), SWIN),
+    ("segmenters/swin_attention.py", ("swin",), SWIN_ATTENTION),
     ("export.py", ("export",), EXPORT),
     ("synonyms.py", ("words",), SYNONYMS),
     ("clip/model.py", ("clip_model",), CLIP_MODEL),

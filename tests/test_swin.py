@@ -13,10 +13,18 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
+from torchvision.models.swin_transformer import ShiftedWindowAttention
 from torchvision.ops import StochasticDepth
 
 from cliptteacher.segmenters import weights
-from cliptteacher.segmenters.swin import SWIN_CONFIGS, Swin, SwinConfig, UPerNetHead
+from cliptteacher.segmenters.swin import (
+    SWIN_CONFIGS,
+    Swin,
+    SwinConfig,
+    UPerNetHead,
+    pool_to_grid,
+)
+from cliptteacher.segmenters.swin_attention import WindowAttention
 from cliptteacher.segmenters.swin_weights import (
     SWIN_IMAGENET,
     convert_swin_keys,
@@ -648,3 +656,51 @@ def test_files_that_are_not_there() -> None:
         read_swin_weights("swin_nano", "imagenet")
     with pytest.raises(FileNotFoundError, match="'imagenet', None or an existing file"):
         read_swin_weights("swin_t", "imagnet")
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 6])
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (2, 5), (6, 6), (7, 13), (32, 16)])
+def test_pooling_is_adaptive_average_pooling(size: int, height: int, width: int) -> None:
+    x = torch.randn(2, 3, height, width, dtype=torch.float64, requires_grad=True)
+    ours, theirs = pool_to_grid(x, size), F.adaptive_avg_pool2d(x, size)
+    torch.testing.assert_close(ours, theirs)
+    (mine,) = torch.autograd.grad(ours.square().sum(), x)
+    (reference,) = torch.autograd.grad(theirs.square().sum(), x)
+    torch.testing.assert_close(mine, reference)
+
+
+@pytest.mark.parametrize("shift", [0, 2, 3])
+@pytest.mark.parametrize(
+    ("height", "width"), [(1, 1), (4, 4), (7, 7), (7, 9), (9, 3), (14, 21), (15, 8)]
+)
+def test_attention_and_its_gradients_are_those_of_torchvision(
+    shift: int, height: int, width: int
+) -> None:
+    torch.manual_seed(0)
+    theirs = ShiftedWindowAttention(12, [7, 7], [shift, shift], num_heads=3).double()
+    nn.init.normal_(theirs.relative_position_bias_table)
+    ours = WindowAttention(12, [7, 7], [shift, shift], num_heads=3).double()
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, height, width, 12, dtype=torch.float64)
+    for layer in (ours, theirs):
+        layer(x).square().sum().backward()
+    torch.testing.assert_close(ours(x), theirs(x))
+    for mine, reference in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, reference.grad)
+
+
+def test_attention_between_tokens_apart_is_no_denormal_number() -> None:
+    """exp(-100) is one; a CPU is ten times slower with them, forward and backward."""
+    layer = WindowAttention(8, [7, 7], [3, 3], num_heads=2)
+    weights: list[Tensor] = []
+    softmax = Tensor.softmax
+
+    def listen(self: Tensor, *args: int, **kwargs: int) -> Tensor:
+        weights.append(softmax(self, *args, **kwargs))
+        return weights[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tensor, "softmax", listen)
+        layer(torch.randn(1, 14, 14, 8))
+    (attention,) = weights
+    assert (attention == 0).any() and attention[attention > 0].min() > 1e-30

@@ -8,21 +8,21 @@
       -> UPerNet head: pyramid pooling of the coarsest map, top-down sums, 3x3 fusion at 1/4, 1x1
       -> in training, if asked for: a small auxiliary head on the third map
 
-The backbone is torchvision's Swin (arXiv:2103.14030), which pads its grids to whole windows, so
-every image size will do. Attention costs 49 N for N tokens. Most of the arithmetic lies in the
-head, whose last 3x3 convolution reads four maps of 512 channels at 1/4 (arXiv:1807.10221).
-Published weights: `swin_weights.py`. For programs of any image size: `free_size.py`.
+The backbone is torchvision's Swin (arXiv:2103.14030) with `swin_attention.py` in its blocks; grids
+are padded to whole windows, so every image size will do. Attention costs 49 N for N tokens. Most of
+the arithmetic lies in the head, whose last 3x3 convolution reads four maps of 512 channels at 1/4
+(arXiv:1807.10221). Published weights: `swin_weights.py`.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .free_size import pool_to_grid
 from .student import Student
 
 _PATCH = 4
@@ -108,7 +108,9 @@ class SwinBackbone(nn.Module):
 
     def __init__(self, config: SwinConfig) -> None:
         super().__init__()
-        from torchvision.models.swin_transformer import SwinTransformer  # slow to import
+        from torchvision.models.swin_transformer import SwinTransformer, SwinTransformerBlock
+
+        from .swin_attention import WindowAttention  # torchvision is slow to import
 
         swin = SwinTransformer(
             patch_size=[_PATCH, _PATCH],
@@ -119,6 +121,7 @@ class SwinBackbone(nn.Module):
             mlp_ratio=config.mlp_ratio,
             stochastic_depth_prob=config.drop_path,
             num_classes=1,  # its classifier is not used
+            block=partial(SwinTransformerBlock, attn_layer=WindowAttention),
         )
         self.features: nn.Sequential = swin.features
         self.norms = nn.ModuleList(nn.LayerNorm(dim) for dim in config.dims)
@@ -187,6 +190,36 @@ class UPerNetHead(nn.Module):
                 "UPerNet must train on at least 2 images per process, got 1; raise the batch "
                 "size, convert the model to SyncBatchNorm, or call .eval()"
             )
+
+
+def pool_to_grid(x: Tensor, size: int) -> Tensor:
+    """Average a map over a grid of cells, as ``F.adaptive_avg_pool2d`` does.
+
+    A product with a matrix of averages along each axis: ONNX has no adaptive pooling for a size
+    that is known only when the program runs.
+
+    Args:
+        x: (B, C, H, W).
+        size: cells along either side; where the map is smaller, they overlap.
+
+    Returns:
+        (B, C, size, size).
+
+    >>> pool_to_grid(torch.arange(6.0).view(1, 1, 2, 3), 1).item()
+    2.5
+    """
+    rows, columns = (_averages(side, size, x) for side in x.shape[-2:])
+    return rows @ x @ columns.T
+
+
+def _averages(side: int, size: int, like: Tensor) -> Tensor:
+    """Weights (size, side): row i is the mean of i side / size up to (i + 1) side / size."""
+    cells = torch.arange(size, device=like.device)[:, None]
+    first = cells * side // size
+    end = ((cells + 1) * side + size - 1) // size
+    positions = torch.arange(side, device=like.device)
+    inside = (positions >= first) & (positions < end)
+    return inside.to(like.dtype) / (end - first).to(like.dtype)
 
 
 class FCNHead(nn.Sequential):
