@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cliptteacher.training.paper_recipes import PAPER_ROWS, Scores
+from cliptteacher.training.recipes import V2
 
 CLIP_DENSE = "clip_dense"  # the one row without a student
 
@@ -84,9 +85,11 @@ _TABLE_5 = (
 
 _NO_UNSEEN: dict[str, Any] = {"global_weight": 0.0, "ce": "seen", "generate_weight": 0.0}
 _NO_TERM = {**_NO_UNSEEN, "ce": "none", "focal_weight": 0.0, "dice_weight": 0.0}
-_CLOSED_SET = _row("closed_set", "upper bound: labels of all classes", closed_set=True)
+_CLOSED_SET = _row("closed_set", "upper bound: labels of all classes", setting="closed_set")
+_TRANSDUCTIVE = _row("transductive", "names of the unseen classes known", setting="transductive")
 _BOUNDS = (
     _FULL,
+    _TRANSDUCTIVE,
     _CLOSED_SET,
     _row("seen_only", "seen labels only: no GLM, no PLM", **_NO_UNSEEN),
     _row("distill", "student of CLIP's dense tokens only", **_NO_TERM, distill_weight=1.0),
@@ -113,6 +116,7 @@ _READINGS = (
     _row("generate_bce", "L_generate bce (v2)", generate_loss="bce"),
     _row("pseudo_dot", "pseudo logits dot", pseudo_similarity="dot", pseudo_scale=1.0),
     _row("pseudo_cosine", "pseudo logits cosine x 10", **_COSINE),
+    _row("v2", "L_generate bce, pseudo logits cosine x 10 (v2)", **V2),
     *(_row(f"bank_{v}", f"CLS bank {v}", bank_size=v) for v in (0, 24)),
     *(_row(f"lambda_{v:g}", f"lambda {v:g}", fusion_threshold=v) for v in (0.7, 0.8, 0.9)),
     _row("one_group", "lambda -1: one group", fusion_threshold=-1.0),

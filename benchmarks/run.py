@@ -4,7 +4,7 @@ r"""Run every program of speed/ and write the table of speed.md: machine, versio
     python benchmarks/run.py --threads 1
     python benchmarks/run.py --only kmeans fusion --dry-run
 
-About twenty minutes on two cores. With one thread the times are the processor's, so that other
+A quarter of an hour on two cores. With one thread the times are the processor's, so that other
 programs disturb them less. The last line is JSON, all rows of all programs.
 """
 
@@ -41,7 +41,7 @@ def main() -> None:
     )
     parser.add_argument("--only", nargs="+", choices=PROGRAMS, default=PROGRAMS, metavar="NAME")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dry-run", action="store_true", help="leave the page as it is")
     args = parser.parse_args()
     began, rows = time.time(), []

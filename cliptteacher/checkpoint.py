@@ -89,6 +89,7 @@ def student_content(
     clip: str | None = None,
     clip_activation: str | None = None,
     clip_heads: Sequence[int] | None = None,
+    setting: str = "inductive",
 ) -> dict[str, Any]:
     """Collect what a checkpoint holds of a student: weights, words and settings of inference.
 
@@ -101,6 +102,8 @@ def student_content(
         templates: prompts of the text features, for other words.
         clip: name or path of the teacher, for other words.
         clip_activation, clip_heads: of the teacher, where its files may not say them.
+        setting: what training knew of the unseen classes: nothing ("inductive"), their names
+            ("transductive"), their labels ("closed_set").
 
     Raises:
         ValueError: names and text features are not equally many.
@@ -128,6 +131,7 @@ def student_content(
         "clip": clip,
         "clip_activation": clip_activation,
         "clip_heads": None if clip_heads is None else list(clip_heads),
+        "setting": setting,
     }
 
 
@@ -227,6 +231,7 @@ _ENTRIES: dict[str, Callable[[Any], bool]] = {
     "clip": lambda v: v in (_MISSING, None) or isinstance(v, str),
     "clip_activation": lambda v: v in (_MISSING, None) or isinstance(v, str),
     "clip_heads": lambda v: v in (_MISSING, None) or _is_list(v, partial(_is_whole, low=1)),
+    "setting": lambda v: v is _MISSING or isinstance(v, str),
     "config": lambda v: v is _MISSING or isinstance(v, dict),
 }
 

@@ -31,6 +31,7 @@ from .logits import Similarity, class_chunks, pixel_logits, upsample, upsampled_
 from .losses import NELoss, count_pairs, full_precision, nel
 from .options import holds
 from .plm import PixelLearningModule, PLMConfig, mean_over_labelled, resize_nearest
+from .transductive import name_groups
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +71,7 @@ class CLIPTeacher(nn.Module):
         segmenter: the student, images in [0, 1] -> (B, C, h, w) with C = ``clip.embed_dim``.
         seen_names: names of the seen classes, in label order; never of unseen ones.
         config: options; default the literal reading of the paper.
+        unseen_names: of the transductive setting alone, see ``transductive.py``.
 
     Raises:
         ValueError: ``seen_names`` is empty or too long, ``config.glm_windows`` is empty, or the
@@ -77,6 +79,7 @@ class CLIPTeacher(nn.Module):
     """
 
     seen_text: Tensor
+    unseen_text: Tensor
 
     def __init__(
         self,
@@ -84,6 +87,7 @@ class CLIPTeacher(nn.Module):
         segmenter: nn.Module,
         seen_names: Sequence[str],
         config: CLIPTeacherConfig | None = None,
+        unseen_names: Sequence[str] = (),
     ) -> None:
         super().__init__()
         if isinstance(seen_names, str) or not 0 < len(seen_names) <= PADDING_INDEX:
@@ -106,9 +110,11 @@ class CLIPTeacher(nn.Module):
             )
         self._clip = (clip.eval().requires_grad_(False),)  # in a tuple: not a submodule
         self.segmenter = segmenter
-        self.seen_names = tuple(seen_names)
-        text = class_text_features(clip, self.seen_names, config.templates)
-        self.register_buffer("seen_text", text, persistent=False)
+        self.seen_names, self.unseen_names = tuple(seen_names), tuple(unseen_names)
+        names = (*self.seen_names, *self.unseen_names)
+        text = class_text_features(clip, names, config.templates)
+        self.register_buffer("seen_text", text[: len(seen_names)], persistent=False)
+        self.register_buffer("unseen_text", text[len(seen_names) :], persistent=False)
         self.glm = nn.ModuleList(  # a bank for every size of window
             GlobalLearningModule(
                 config.glm_pooling, config.bank_size, config.temperature, config.glm_query
@@ -137,7 +143,9 @@ class CLIPTeacher(nn.Module):
         config = self.config
         return (config.ce == "all" and config.ce_weight > 0) or config.generate_weight > 0
 
-    def forward(self, images: Tensor, labels: Tensor, parts: int = 1) -> dict[str, Tensor]:
+    def forward(
+        self, images: Tensor, labels: Tensor, parts: int = 1, naming: bool = False
+    ) -> dict[str, Tensor]:
         """Compute every loss term of Eq. (11)-(12), arXiv:2310.02296v1, already weighted.
 
         Args:
@@ -146,6 +154,7 @@ class CLIPTeacher(nn.Module):
                 254 for padding, which makes no pseudo labels.
             parts: calls that make one iteration (gradient accumulation); the CLS bank spans
                 iterations.
+            naming: name the groups of the unannotated area, which then train like seen classes.
 
         Returns:
             Scalars ``global``, ``ce``, ``focal``, ``dice``, ``generate``, with an auxiliary head
@@ -171,13 +180,17 @@ class CLIPTeacher(nn.Module):
             )
         teacher = self.encode(pixels)
         cls, tokens = teacher.cls, self._tokens_to_cluster(teacher)
-        seen_logits, near_labels = self._score_seen(features, labels)
+        text = self.seen_text
+        if naming:
+            labels = self._name_groups(features, tokens, cls, labels)
+            text = torch.cat((text, self.unseen_text))
+        seen_logits, near_labels = self._score(features, labels, text)
         zero = features.new_zeros((), dtype=torch.float32)
         losses = {"global": zero, "ce": zero, "focal": zero, "dice": zero, "generate": zero}
         if config.global_weight > 0:
             losses["global"] = config.global_weight * self._global(features, pixels, cls, parts)
         if self.uses_adapter:
-            pixel = self.plm(features, seen_logits, tokens, cls, labels, self.seen_text)
+            pixel = self.plm(features, seen_logits, tokens, cls, labels, text)
             losses["generate"] = config.generate_weight * pixel.generate
             if config.ce == "all":
                 losses["ce"] = config.ce_weight * pixel.ce
@@ -188,7 +201,7 @@ class CLIPTeacher(nn.Module):
         if config.focal_weight > 0 or config.dice_weight > 0:
             losses["focal"], losses["dice"] = self._nel(seen_logits, near_labels)
         if auxiliary is not None:
-            logits, near_labels = self._score_seen(auxiliary, labels)
+            logits, near_labels = self._score(auxiliary, labels, text)
             terms = [*self._nel(logits, near_labels)]
             if config.ce != "none":
                 ce = seen_cross_entropy(logits, near_labels, config.over_processes)
@@ -243,17 +256,27 @@ class CLIPTeacher(nn.Module):
             terms.append(module(split_windows(features, n), tokens, parts))
         return torch.stack(terms).mean()
 
-    def _score_seen(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Seen logits (B, S, h, w) of features; labels at the size of the losses, padding 255."""
+    def _name_groups(self, features: Tensor, tokens: Tensor, cls: Tensor, labels: Tensor) -> Tensor:
+        """Label the unannotated pixels of groups with unseen classes: S to S + U - 1."""
+        groups, count = self.plm.group_tokens(tokens, labels)
+        scores, _ = self._score(features, labels, self.unseen_text)
+        prior = (
+            self.clip.logit_scale.exp() * nn.functional.normalize(cls, dim=1) @ self.unseen_text.T
+        )
+        names = name_groups(groups, count, scores, labels, prior)
+        return torch.where(names >= 0, names + len(self.seen_names), labels.long())
+
+    def _score(self, features: Tensor, labels: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (B, S, h, w) of features; labels at the size of the losses, padding 255."""
         config = self.config
-        logits = pixel_logits(features, self.seen_text, config.logit_scale, config.similarity)
+        logits = pixel_logits(features, text, config.logit_scale, config.similarity)
         if config.loss_size == "features":
             labels = resize_nearest(labels, (features.shape[2], features.shape[3]))
         return logits, labels.masked_fill(labels == PADDING_INDEX, IGNORE_INDEX)
 
     def _nel(self, seen_logits: Tensor, near_labels: Tensor) -> NELoss:
         """Focal and dice, divided by the mean number of pairs of all processes."""
-        pairs = mean_over_processes(count_pairs(near_labels, len(self.seen_names), IGNORE_INDEX))
+        pairs = mean_over_processes(count_pairs(near_labels, seen_logits.shape[1], IGNORE_INDEX))
 
         def of_classes(logits: Tensor, first: int) -> NELoss:
             own = near_labels.long() - first

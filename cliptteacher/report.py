@@ -141,7 +141,8 @@ def _tiles(final: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     )
     words = (
         f"Split {final['split']}, step {final['step']}. Teacher {config.get('clip')}, student "
-        f"{config.get('segmenter')}, data {config.get('data')}, seed {config.get('seed')}."
+        f"{config.get('segmenter')}, data {config.get('data')}, {config.get('setting')} setting, "
+        f"seed {config.get('seed')}."
     )
     return f'<p class="note">{text(words)}</p><div class="row">{tiles}</div>'
 

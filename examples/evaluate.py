@@ -209,6 +209,7 @@ def print_plan(
 ) -> None:
     """Say what is about to be measured, and which classes count as unseen."""
     name, step = student.checkpoint["segmenter_name"], student.checkpoint["step"]
+    setting = student.checkpoint.get("setting", "inductive")
     names = ", ".join(student.class_names[k] for k in student.unseen)
     source = f"CLIP {args.clip}" if args.clip_only else f"{args.checkpoint} after {step} iterations"
     print(
@@ -216,7 +217,7 @@ def print_plan(
         f"{args.split}: {len(dataset)} images, {len(student.class_names)} classes"
     )
     if names:
-        print(f"unseen in training, with a bonus of {gamma:g}: {names}")
+        print(f"{setting} setting; unseen in training, with a bonus of {gamma:g}: {names}")
     else:
         print("training had labels of all these classes: an upper bound, no zero-shot result")
     if student.unread:
@@ -264,6 +265,7 @@ def summary(
         "checkpoint": None if args.clip_only else str(args.checkpoint),
         "clip": student.checkpoint.get("clip", args.clip),
         "step": student.checkpoint["step"],
+        "setting": student.checkpoint.get("setting", "inductive"),
         "data": args.data,
         "root": args.root,
         "split": args.split,

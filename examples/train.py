@@ -76,9 +76,11 @@ def train(
         )
 
     # Data. Unseen labels become 255 here, before augmentation looks at them; training gets the
-    # names of the seen classes only.
+    # names of the seen classes only, in the transductive setting those of the unseen ones too.
     dataset = open_dataset(config.data, config.root, "train")
-    seen = SeenOnly(dataset, closed_set=config.closed_set)
+    seen = SeenOnly(dataset, closed_set=config.setting == "closed_set")
+    unseen = () if config.setting == "closed_set" else dataset.unseen
+    named = [dataset.class_names[k] for k in unseen] if config.setting == "transductive" else ()
     transform = training_transform(
         config.crop, scale=config.resize, ratio=config.ratio, photometric=config.photometric
     )
@@ -100,7 +102,7 @@ def train(
             student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
         elif process.is_main:
             print("warning: `sync_batch_norm` needs CUDA; every process normalises its own images")
-    model = CLIPTeacher(clip, student, seen.class_names, method).to(device)
+    model = CLIPTeacher(clip, student, seen.class_names, method, named).to(device)
 
     # Optimiser: norms do not decay, the head and the adapter learn faster than the backbone.
     groups = parameter_groups(
@@ -128,7 +130,7 @@ def train(
     text = class_text_features(clip, dataset.class_names, method.templates)
     free_text_tower(clip)
     settings: dict[str, Any] = {
-        "unseen": () if config.closed_set else dataset.unseen,
+        "unseen": unseen,
         "gamma": config.gamma,
         "logit_scale": method.logit_scale,
         "similarity": method.similarity,
@@ -141,6 +143,7 @@ def train(
         "clip": config.clip,
         "clip_activation": clip.config.activation,
         "clip_heads": clip.config.heads,
+        "setting": config.setting,
     }
     run = TrainingRun(
         config,
@@ -163,6 +166,7 @@ def train(
     ddp.train()
     for step, (images, labels) in run.steps(loader):
         set_learning_rate(optimizer, learning_rate_factor(step, config.iterations, config.warmup))
+        naming = bool(named) and step >= config.naming_start * config.iterations
         optimizer.zero_grad(set_to_none=True)
         for part, batch in enumerate(zip(images.chunk(parts), labels.chunk(parts), strict=True)):
             alone = process.world_size == 1 or part == parts - 1  # no exchange before the last
@@ -170,7 +174,7 @@ def train(
                 with torch.autocast(device.type, precision, enabled=precision is not None):
                     # Teacher, student, GLM, PLM: Eq. (1)-(12). The CLS tokens of the batch enter
                     # the bank, which spans `bank_size` iterations of `parts` calls.
-                    losses = ddp(*batch, parts)
+                    losses = ddp(*batch, parts, naming)
                 scaler.scale(losses["total"] / parts).backward()
             run.add(losses)
         scaler.unscale_(optimizer)

@@ -659,6 +659,20 @@ EXPORT = [
     ("windows accepted", 'if predictor.mode != "whole":', "if False:", MODULE),
 ]
 
+TRANSDUCTIVE = [
+    ("the image has no vote", " + PRIOR * agreement[:, None]", ""),
+    ("seen pixels get names too", " & (labels == IGNORE_INDEX)", ""),
+    ("pixels without a group get names", "(wide >= 0) & ", ""),
+    ("the worst name", "votes.argmax(dim=2)", "votes.argmin(dim=2)"),
+    ("seen pixels vote", "merge_labels(*near, 0, count)", "merge_labels(255 + 0 * near[0], near[1], 0, count)"),
+]
+
+NAMING = [
+    ("names are those of seen classes", "names + len(self.seen_names)", "names"),
+    ("named groups meet seen classes alone", "text = torch.cat((text, self.unseen_text))", "text = torch.cat((text, text[: len(self.unseen_text)]))"),
+    ("never named", "        if naming:", "        if False:"),
+]
+
 SYNONYMS = [
     ("a synonym of a seen class is unseen", "if k not in unseen_words}", "if k in unseen_words}"),
     ("first word alone", "for word in name.split(SEPARATOR):", "for word in name.split(SEPARATOR)[:1]:"),
@@ -688,6 +702,8 @@ GROUPS = [
     ("segmenters/swin_attention.py", ("swin",), SWIN_ATTENTION),
     ("export.py", ("export",), EXPORT),
     ("synonyms.py", ("words",), SYNONYMS),
+    ("transductive.py", ("transductive",), TRANSDUCTIVE),
+    ("framework.py", ("transductive",), NAMING),
     ("clip/model.py", ("clip_model",), CLIP_MODEL),
     ("clip/convert.py", ("clip_weights", "clip_model"), CONVERT),
     ("clip/archive.py", ("clip_archive",), ARCHIVE),

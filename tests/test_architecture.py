@@ -23,7 +23,7 @@ LEVELS = {
     **dict.fromkeys(
         ("clip", "segmenters", "data", "glm", "plm", "drawing", "synonyms", "pages"), 1
     ),
-    **dict.fromkeys(("framework", "inference", "visualize"), 2),
+    **dict.fromkeys(("framework", "transductive", "inference", "visualize"), 2),
     **dict.fromkeys(("evaluation", "export", "training"), 3),
     **dict.fromkeys(("report", "__main__"), 4),
 }
@@ -32,6 +32,7 @@ BESIDE = {
     "tensors": {"files"},
     "checkpoint": {"files", "logits", "tensors"},
     "command_line": {"files"},
+    "framework": {"transductive"},
 }
 ROOT = {
     "IGNORE_INDEX",

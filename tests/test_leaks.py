@@ -221,22 +221,26 @@ def test_the_loader_of_training_shows_seen_labels_only() -> None:
     assert_only_seen(truths, torch.cat([labels for _, labels in batches]))
 
 
+@pytest.mark.parametrize("setting", ["inductive", "transductive"])
 def test_the_program_trains_on_seen_names_and_labels(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str
 ) -> None:
-    """One whole run; what reaches the model and its constructor is recorded on the way."""
+    """One whole run; what reaches the model and its constructor is recorded on the way.
+
+    In the transductive setting the names of the unseen classes may come too, their labels never.
+    """
     train = load_program("train")
     named: list[tuple[str, ...]] = []
     labelled: list[Tensor] = []
 
     class Watched(CLIPTeacher):
         def __init__(self, clip: Any, segmenter: nn.Module, names: Any, *rest: Any) -> None:
-            named.append(tuple(names))
+            named.append((*names, *rest[1]))
             super().__init__(clip, segmenter, names, *rest)
 
-        def forward(self, images: Tensor, labels: Tensor, parts: int = 1) -> dict[str, Tensor]:
+        def forward(self, images: Tensor, labels: Tensor, *rest: Any) -> dict[str, Tensor]:
             labelled.append(torch.stack((images[:, 0], labels)))
-            return super().forward(images, labels, parts)
+            return super().forward(images, labels, *rest)
 
     def open_telltale(kind: str, root: Any, split: str, **_: Any) -> SegmentationDataset:
         return Telltale(4) if split == "train" else MiniWorld(split, 32, 2)
@@ -245,10 +249,11 @@ def test_the_program_trains_on_seen_names_and_labels(
     monkeypatch.setattr(train, "open_dataset", open_telltale)
     monkeypatch.setattr(train, "load_clip", lambda *_, **__: tiny_clip())
     monkeypatch.setattr(train, "build_segmenter", lambda *_, **__: tiny_student())
-    config = small_config(iterations=2, output=str(tmp_path / "run"))
+    config = small_config(iterations=2, output=str(tmp_path / "run"), setting=setting)
     method = CLIPTeacherConfig(scales=(1, 2))
     train.train("miniworld", config, method, ALONE)
-    assert named == [tuple(CLASS_NAMES[i] for i in SEEN)]
+    may_know = SEEN if setting == "inductive" else (*SEEN, *UNSEEN)
+    assert named == [tuple(CLASS_NAMES[i] for i in may_know)]
     assert len(labelled) == 2
     for truth, labels in labelled:
         assert_only_seen(truth, labels)

@@ -6,7 +6,7 @@ import re
 import shlex
 from argparse import ArgumentParser
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import ModuleType
 
@@ -33,7 +33,12 @@ from cliptteacher.training.cost import (
     count_step,
     without_numbers,
 )
-from cliptteacher.training.paper_recipes import PAPER, PAPER_ROWS, ROOTS
+from cliptteacher.training.paper_recipes import (
+    PAPER,
+    PAPER_ROWS,
+    ROOTS,
+    ZEGCLIP_TRANSDUCTIVE,
+)
 from cliptteacher.training.recipes import default_recipe, get_recipe, list_recipes
 
 SMALL = CLIPTeacherConfig()
@@ -92,7 +97,8 @@ def test_there_is_a_recipe_for_every_row() -> None:
     tables = [row.table for row in PAPER_ROWS.values()]
     assert [tables.count(table) for table in range(1, 6)] == [9, 6, 5, 2, 2]
     laptop = ["miniworld", "miniworld_tuned", "folder", "folder_tuned"]
-    assert list_recipes() == [*laptop, "paper", *PAPER_ROWS]
+    names = [*laptop, "paper", "v2", *PAPER_ROWS]
+    assert list_recipes() == [*names, *(f"{name}_transductive" for name in names)]
 
 
 @pytest.mark.parametrize(
@@ -123,6 +129,32 @@ def test_tuned_recipes_change_what_the_results_speak_for() -> None:
     cheap = {"glm_query": "unit", "loss_size": "features"}
     # else the paper's
     assert method == CLIPTeacherConfig(potential_slots=16, focal_weight=20.0, **cheap)
+
+
+def test_v2_changes_four_fields() -> None:
+    first, second = resolved("paper")[1], resolved("v2")[1]
+    changed = {f.name for f in fields(first) if getattr(first, f.name) != getattr(second, f.name)}
+    assert changed == {"generate_loss", "pseudo_similarity", "pseudo_scale"}
+    assert get_recipe("v2")["logit_scale"] == first.logit_scale  # alpha stays what it was
+
+
+def test_the_transductive_twin_of_a_recipe() -> None:
+    changes = {"setting": "transductive", "gamma": 0.0}
+    for name in ("miniworld", "folder_tuned", "voc_swin_b"):
+        assert get_recipe(f"{name}_transductive") == get_recipe(name) | changes
+    with pytest.raises(ValueError, match="unknown option 'miniwrld'; did you mean 'miniworld'"):
+        get_recipe("miniwrld_transductive")
+
+
+def test_a_plan_names_the_peer_of_its_setting(
+    train: ModuleType, counted_before: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train.main(["--recipe", "voc_segformer_b4_transductive", "--dry-run", "--device", "cpu"])
+    printed = capsys.readouterr().out
+    assert "ZegCLIP, transductive: pAcc, mIoU(S), mIoU(U), hIoU  96.2  92.3  89.9  91.1" in printed
+    assert "paper, Table" not in printed
+    for seen, unseen, harmonic in (row[1:] for row in ZEGCLIP_TRANSDUCTIVE.values()):
+        assert harmonic_iou(seen, unseen) == pytest.approx(harmonic, abs=0.1)
 
 
 def test_scores_are_those_of_the_paper() -> None:

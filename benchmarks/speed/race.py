@@ -23,18 +23,20 @@ def start(doc: str | None) -> int:
     return rounds
 
 
-def race(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+def race(
+    ways: dict[str, Callable[[], object]], rounds: int, warm_up: bool = True
+) -> dict[str, float]:
     """Median milliseconds of each way. They take turns; a first round warms up.
 
     With one thread it is the processor's time, which other programs on the machine disturb less.
     """
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     times: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(rounds + 1):
+    for turn in range(-warm_up, rounds):
         for name, way in ways.items():
             began = clock()
             way()
-            if turn:
+            if turn >= 0:
                 times[name].append(1000 * (clock() - began))
     return {name: statistics.median(values) for name, values in times.items()}
 

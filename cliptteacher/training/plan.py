@@ -25,7 +25,7 @@ from ..segmenters import build_segmenter
 from .config import TrainConfig, changed_fields, show_flag, show_value
 from .cost import ASSUMED_LAUNCH_SECONDS, ASSUMED_TFLOPS, StepCost, count_model
 from .optimizer import parameter_groups
-from .paper_recipes import PAPER_ROWS, ROOTS
+from .paper_recipes import PAPER_ROWS, ROOTS, ZEGCLIP_TRANSDUCTIVE, Scores
 
 PAPER_GPUS = 8
 
@@ -63,6 +63,7 @@ def describe_dry_run(
         *_memory_lines(config, process.world_size, counts[process.world_size]),
         *(_row_lines(recipe, config) if recipe in PAPER_ROWS else ()),
         *_cost_lines(config, counts),
+        *_peer_lines(config),
         *_change_lines(config, method),
     ]
     return "\n".join(lines)
@@ -127,8 +128,7 @@ def _change_lines(config: TrainConfig, method: CLIPTeacherConfig) -> Iterator[st
 def _row_lines(recipe: str, config: TrainConfig) -> Iterator[str]:
     """What the paper reached, and the commands that try it."""
     row = PAPER_ROWS[recipe]
-    four = "  ".join(f"{score:.1f}" for score in row.scores)
-    yield f"paper, Table {row.table}: pAcc, mIoU(S), mIoU(U), hIoU  {four}"
+    yield f"paper, Table {row.table}: {_four(row.scores)}"
     trained = f"coco_stuff_{config.segmenter}" if row.evaluate_on else recipe
     launch = f"torchrun --standalone --nproc_per_node={PAPER_GPUS}"
     yield (
@@ -145,6 +145,16 @@ def _row_lines(recipe: str, config: TrainConfig) -> Iterator[str]:
             f"--data {row.evaluate_on} --root {ROOTS[row.evaluate_on]}"
         )
         yield f"{len(unseen)} of its {len(target)} classes are unseen: {', '.join(unseen)}"
+
+
+def _peer_lines(config: TrainConfig) -> Iterator[str]:
+    """What ZegCLIP reached where training knows the names of the unseen classes."""
+    if config.setting == "transductive" and config.data in ZEGCLIP_TRANSDUCTIVE:
+        yield f"ZegCLIP, transductive: {_four(ZEGCLIP_TRANSDUCTIVE[config.data])}"
+
+
+def _four(scores: Scores) -> str:
+    return "pAcc, mIoU(S), mIoU(U), hIoU  " + "  ".join(f"{score:.1f}" for score in scores)
 
 
 def _cost_lines(config: TrainConfig, counts: dict[int, StepCost]) -> Iterator[str]:
@@ -179,10 +189,10 @@ def _count_data(config: TrainConfig) -> tuple[int, int, int]:
     if config.data in BENCHMARKS:
         benchmark = BENCHMARKS[config.data]
         names, unseen = len(benchmark.class_names), len(benchmark.unseen)
-        unseen = 0 if config.closed_set else unseen
+        unseen = 0 if config.setting == "closed_set" else unseen
         return names - unseen, unseen, benchmark.counts["train"]
     dataset = open_dataset(config.data, config.root, "train")
-    seen = len(SeenOnly(dataset, closed_set=config.closed_set).class_names)
+    seen = len(SeenOnly(dataset, closed_set=config.setting == "closed_set").class_names)
     return seen, len(dataset.class_names) - seen, len(dataset)
 
 
