@@ -15,7 +15,6 @@ from __future__ import annotations
 import runpy
 import sys
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -51,7 +50,7 @@ class OracleTeacher(CLIPTeacher):
 
     kind = "image"
 
-    def forward(self, images: Tensor, labels: Tensor, *rest: Any) -> dict[str, Tensor]:
+    def forward(self, images: Tensor, labels: Tensor, parts: int = 1) -> dict[str, Tensor]:
         is_hidden = (labels >= HIDDEN) & (labels != IGNORE_INDEX)
         hidden = torch.where(is_hidden, labels.long() - HIDDEN, NO_LABEL)
 
@@ -67,7 +66,7 @@ class OracleTeacher(CLIPTeacher):
             return PixelTargets(ids, slots)
 
         self.plm.make_targets = perfect_targets
-        return super().forward(images, labels.masked_fill(is_hidden, IGNORE_INDEX), *rest)
+        return super().forward(images, labels.masked_fill(is_hidden, IGNORE_INDEX), parts)
 
 
 def main() -> None:

@@ -71,7 +71,8 @@ class CLIPTeacher(nn.Module):
         segmenter: the student, images in [0, 1] -> (B, C, h, w) with C = ``clip.embed_dim``.
         seen_names: names of the seen classes, in label order; never of unseen ones.
         config: options; default the literal reading of the paper.
-        unseen_names: of the transductive setting alone, see ``transductive.py``.
+        unseen_names: for the transductive setting, in which the groups of the unannotated area get
+            these names and train like seen classes, see ``transductive.py``.
 
     Raises:
         ValueError: ``seen_names`` is empty or too long, ``config.glm_windows`` is empty, or the
@@ -143,9 +144,7 @@ class CLIPTeacher(nn.Module):
         config = self.config
         return (config.ce == "all" and config.ce_weight > 0) or config.generate_weight > 0
 
-    def forward(
-        self, images: Tensor, labels: Tensor, parts: int = 1, naming: bool = False
-    ) -> dict[str, Tensor]:
+    def forward(self, images: Tensor, labels: Tensor, parts: int = 1) -> dict[str, Tensor]:
         """Compute every loss term of Eq. (11)-(12), arXiv:2310.02296v1, already weighted.
 
         Args:
@@ -154,7 +153,6 @@ class CLIPTeacher(nn.Module):
                 254 for padding, which makes no pseudo labels.
             parts: calls that make one iteration (gradient accumulation); the CLS bank spans
                 iterations.
-            naming: name the groups of the unannotated area, which then train like seen classes.
 
         Returns:
             Scalars ``global``, ``ce``, ``focal``, ``dice``, ``generate``, with an auxiliary head
@@ -181,7 +179,7 @@ class CLIPTeacher(nn.Module):
         teacher = self.encode(pixels)
         cls, tokens = teacher.cls, self._tokens_to_cluster(teacher)
         text = self.seen_text
-        if naming:
+        if self.unseen_names:
             labels = self._name_groups(features, tokens, cls, labels)
             text = torch.cat((text, self.unseen_text))
         seen_logits, near_labels = self._score(features, labels, text)

@@ -49,7 +49,7 @@ def confusion_matrix(
     _check_range("pred", pred, drop, num_classes)
     _check_range("label", label, drop, num_classes)
     # Dropped pixels go to a bin of their own: taking the others out would cost more than the rest.
-    pairs = torch.where(drop, num_classes**2, label.int() * num_classes + pred.int())
+    pairs = torch.where(drop, num_classes**2, (label.int() * num_classes).add_(pred.int()))
     counts = torch.bincount(pairs.flatten(), minlength=num_classes**2 + 1)
     return counts[:-1].view(num_classes, num_classes)
 

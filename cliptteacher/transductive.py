@@ -1,7 +1,7 @@
 """The transductive setting, beyond the paper: groups of the PLM get the names of unseen classes.
 
-The names of the unseen classes are known in training, their pixels still have no label. After a
-warm-up the student and CLIP vote on what every nameless group of the Pixel Learning Module shows:
+The names of the unseen classes are known in training, their pixels still have no label. The student
+and CLIP vote on what every nameless group of the Pixel Learning Module shows:
 
     score(g, u) = mean over g of the student's logits of u  +  PRIOR * CLIP's logit of (s, T_u)
 

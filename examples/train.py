@@ -166,7 +166,6 @@ def train(
     ddp.train()
     for step, (images, labels) in run.steps(loader):
         set_learning_rate(optimizer, learning_rate_factor(step, config.iterations, config.warmup))
-        naming = bool(named) and step >= config.naming_start * config.iterations
         optimizer.zero_grad(set_to_none=True)
         for part, batch in enumerate(zip(images.chunk(parts), labels.chunk(parts), strict=True)):
             alone = process.world_size == 1 or part == parts - 1  # no exchange before the last
@@ -174,7 +173,7 @@ def train(
                 with torch.autocast(device.type, precision, enabled=precision is not None):
                     # Teacher, student, GLM, PLM: Eq. (1)-(12). The CLS tokens of the batch enter
                     # the bank, which spans `bank_size` iterations of `parts` calls.
-                    losses = ddp(*batch, parts, naming)
+                    losses = ddp(*batch, parts)
                 scaler.scale(losses["total"] / parts).backward()
             run.add(losses)
         scaler.unscale_(optimizer)

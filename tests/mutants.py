@@ -670,7 +670,7 @@ TRANSDUCTIVE = [
 NAMING = [
     ("names are those of seen classes", "names + len(self.seen_names)", "names"),
     ("named groups meet seen classes alone", "text = torch.cat((text, self.unseen_text))", "text = torch.cat((text, text[: len(self.unseen_text)]))"),
-    ("never named", "        if naming:", "        if False:"),
+    ("never named", "        if self.unseen_names:", "        if False:"),
 ]
 
 SYNONYMS = [

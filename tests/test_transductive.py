@@ -60,11 +60,6 @@ def batch() -> tuple[Tensor, Tensor]:
     return images, labels
 
 
-def test_until_groups_get_names_nothing_differs() -> None:
-    knowing, ignorant = build(UNSEEN)(*batch()), build()(*batch())
-    assert all(torch.equal(knowing[name], ignorant[name]) for name in ignorant)
-
-
 @pytest.mark.parametrize("loss_size", ["labels", "features"])
 def test_named_groups_train_like_labels(monkeypatch: pytest.MonkeyPatch, loss_size: str) -> None:
     """Where the vote is unanimous, the losses are those of the labels of all classes."""
@@ -78,7 +73,7 @@ def test_named_groups_train_like_labels(monkeypatch: pytest.MonkeyPatch, loss_si
     torch.manual_seed(0)
     config = CLIPTeacherConfig(scales=(1, 2), loss_size=loss_size)
     closed = CLIPTeacher(tiny_clip(), tiny_student(), (*SEEN, *UNSEEN), config)
-    named, told = model(images, labels, naming=True), closed(images, everything)
+    named, told = model(images, labels), closed(images, everything)
     for name in told:
         torch.testing.assert_close(named[name], told[name], rtol=1e-5, atol=1e-6)
     named["total"].backward()
@@ -99,27 +94,25 @@ def test_padding_and_seen_labels_keep_what_they_are() -> None:
     assert (named[labels == 255] != 255).float().mean() > 0.8
 
 
-def test_a_run_names_groups_from_its_half_on_and_says_its_setting(
+def test_a_run_knows_names_and_says_its_setting(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     space, train = make_space(tmp_path), program(monkeypatch)
-    asked: list[bool] = []
     known: list[tuple[str, ...]] = []
     forward = CLIPTeacher.forward
 
-    def watched(self: CLIPTeacher, *args: object) -> dict[str, Tensor]:
-        asked.append(bool(args[3]))
+    def watched(self: CLIPTeacher, images: Tensor, labels: Tensor, *rest: int) -> dict[str, Tensor]:
         known.append(self.unseen_names)
-        assert int(args[1][args[1] < 254].max()) < 3  # labels of seen classes alone
-        return forward(self, *args)
+        assert int(labels[labels < 254].max()) < 3  # labels of seen classes alone
+        return forward(self, images, labels, *rest)
 
     monkeypatch.setattr(CLIPTeacher, "forward", watched)
-    train.main(options(space, tmp_path / "run", "--setting", "transductive"))
-    assert asked == [False] * 3 + [True] * 3
-    assert set(known) == {("water",)}
-    assert load_checkpoint(tmp_path / "run")["setting"] == "transductive"
-    page = (tmp_path / "run" / "report.html").read_text()
-    assert "transductive setting" in page
+    for setting, names in (("transductive", ("water",)), ("inductive", ())):
+        known.clear()
+        train.main(options(space, tmp_path / setting, "--setting", setting))
+        assert set(known) == {names}
+        assert load_checkpoint(tmp_path / setting)["setting"] == setting
+        assert f"{setting} setting" in (tmp_path / setting / "report.html").read_text()
 
 
 def test_a_saved_student_says_its_setting(tmp_path: Path) -> None:

@@ -65,7 +65,6 @@ class TrainConfig:
     gamma: float = 1.5  # bonus of the unseen classes at inference, in logit units
     # of unseen classes training knows nothing; their names; their labels, which is no zero-shot
     setting: Literal["inductive", "transductive", "closed_set"] = "inductive"
-    naming_start: float = 0.5  # transductive: share of the iterations before groups get names
     dry_run: bool = False  # print the resolved plan and stop
 
     def __post_init__(self) -> None:
