@@ -75,8 +75,9 @@ class CLIPTeacher(nn.Module):
             these names and train like seen classes, see ``transductive.py``.
 
     Raises:
-        ValueError: ``seen_names`` is empty or too long, ``config.glm_windows`` is empty, or the
-            student has an auxiliary head and ``config.auxiliary_weight`` is 0, or the reverse.
+        ValueError: ``seen_names`` is empty or too long, ``unseen_names`` overlaps with it or makes
+            it too long, ``config.glm_windows`` is empty, or the student has an auxiliary head and
+            ``config.auxiliary_weight`` is 0, or the reverse.
     """
 
     seen_text: Tensor
@@ -95,6 +96,16 @@ class CLIPTeacher(nn.Module):
             raise ValueError(
                 f"`seen_names` must be a list of 1 to {PADDING_INDEX} class names, got "
                 f"{len(seen_names) if len(seen_names) > PADDING_INDEX else repr(seen_names)}"
+            )
+        both = set(seen_names) & set(unseen_names)
+        if (
+            isinstance(unseen_names, str)
+            or both
+            or len(seen_names) + len(unseen_names) > PADDING_INDEX
+        ):
+            raise ValueError(
+                f"`unseen_names` must be a list of names that are not in `seen_names`, at most "
+                f"{PADDING_INDEX} with them, got {unseen_names!r:.200}"
             )
         self.config = config = config or CLIPTeacherConfig()
         if not config.glm_windows or min(config.glm_windows) < 1:

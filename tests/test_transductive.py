@@ -121,3 +121,11 @@ def test_a_saved_student_says_its_setting(tmp_path: Path) -> None:
         path = tmp_path / f"{setting}.pt"
         ct.save_segmenter(path, tiny_student(), names=["a", "b"], text_features=text, **given)
         assert load_checkpoint(path)["setting"] == setting
+
+
+@pytest.mark.parametrize(
+    "unseen", ["brick", ("brick", "sand"), tuple(f"class {n}" for n in range(252))]
+)
+def test_names_that_cannot_be(unseen: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError, match="`unseen_names` must be a list of names that are not in"):
+        build(unseen)

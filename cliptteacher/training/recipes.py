@@ -95,8 +95,8 @@ def paper() -> dict[str, Any]:
     return dict(PAPER)
 
 
-# What the second version of the paper (CLIP-ZSS) changes. It does not say here how large its scales
-# are: alpha is as in the first version, beta as in the laptop recipes.
+# What the second version of the paper (CLIP-ZSS) changes. Assumption: alpha is as in the first
+# version, beta as in the laptop recipes; their values were not at hand.
 V2: dict[str, Any] = {
     "generate_loss": "bce",  # sigmoid(P_seen . T^T) against the identity, in place of Eq. (8)
     "logit_scale": 1.0,  # alpha, of R . T_seen in Eq. (9)
