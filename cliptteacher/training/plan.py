@@ -81,7 +81,8 @@ def describe_run(
     epochs = config.iterations * config.batch_size / images
     lines = [
         f"recipe {recipe}: {config.segmenter} taught by CLIP {config.clip} on {config.data}, "
-        f"{images} images, {classes[0]} classes with labels, {classes[1]} without",
+        f"{images} images, {classes[0]} classes with labels, {classes[1]} without, "
+        f"{config.setting} setting",
         f"{config.iterations} iterations of {config.batch_size} crops of {config.crop} pixels, "
         f"{epochs:.1f} epochs, {process.world_size} processes on {process.device.type}, "
         f"{torch.get_num_threads()} threads each, seed {config.seed}",
