@@ -200,7 +200,7 @@ LOSSES = [
 ]
 
 METRICS = [
-    ("matrix transposed", "label.int() * num_classes + pred.int()", "pred.int() * num_classes + label.int()", ONE_PROCESS),
+    ("matrix transposed", "(label.int() * num_classes).add_(pred.int())", "(pred.int() * num_classes).add_(label.int())", ONE_PROCESS),
     ("only ignored pixels", "drop = label == ignore_index", "drop = label != ignore_index", ONE_PROCESS),
     ("intersection counted twice", "matrix.sum(dim=1) - hits", "matrix.sum(dim=1)", ONE_PROCESS),
     ("recall instead of IoU", "(matrix.sum(dim=0) + matrix.sum(dim=1) - hits)", "matrix.sum(dim=1)", ONE_PROCESS),
