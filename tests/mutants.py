@@ -240,7 +240,7 @@ FRAMEWORK = [
     ("pairs counted at full size", "count_pairs(near_labels,", "count_pairs(labels,", {"select": "wide"}),
     ("height and width swapped", "(features.shape[2], features.shape[3]))", "(features.shape[3], features.shape[2]))", {"select": "wide"}),
     ("ignored pixels counted", "labels != IGNORE_INDEX, over_processes)", "labels >= 0, over_processes)", ONE_PROCESS),
-    ("templates not passed on", "self.seen_names, config.templates)", "self.seen_names)", ONE_PROCESS),
+    ("templates not passed on", "class_text_features(clip, names, config.templates)", "class_text_features(clip, names)", ONE_PROCESS),
     ("dice needs focal", "config.focal_weight > 0 or config", "config.focal_weight > 0 and config", ONE_PROCESS),
     ("seen cross entropy not weighted", 'losses["ce"] = config.ce_weight * seen_cross', 'losses["ce"] = seen_cross', {"select": "weighted"}),
     ("auxiliary cross entropy not weighted", "terms.append(config.ce_weight * ce)", "terms.append(ce)", {"tests": ("students",), "select": "auxiliary"}),
