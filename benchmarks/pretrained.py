@@ -58,6 +58,4 @@ if __name__ == "__main__":
         print(__doc__)
         raise SystemExit(KIND != "--help")
     with patch.object(cliptteacher.segmenters, "build_segmenter", build):
-        sys.argv[0] = str(TRAIN)
-        sys.path.insert(0, str(TRAIN.parent))
         runpy.run_path(str(TRAIN), run_name="__main__")

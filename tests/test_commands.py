@@ -17,7 +17,7 @@ SHORTER = {  # appended: of two values for a flag the last one counts
     "pretrain_clip": "--iterations 1 --batch-size 4 --vision-layers 1 --pool 64",
 }
 STAND_INS = {"ViT-B/16": "runs/clip/clip.pt", "NAME": "segformer_nano"}
-ELSEWHERE = {  # the benchmarks as their owners ship them: test_prepare_data.py, test_recipes.py
+ELSEWHERE = {  # they need the data as its owners ship it; in miniature: test_prepare_data.py
     ("examples/prepare_data.py", "voc", "--root", "data/voc"),
     ("examples/train.py", "--data", "voc", "--output", "runs/voc"),
 }

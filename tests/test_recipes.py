@@ -131,7 +131,7 @@ def test_tuned_recipes_change_what_the_results_speak_for() -> None:
     assert method == CLIPTeacherConfig(potential_slots=16, focal_weight=20.0, **cheap)
 
 
-def test_v2_changes_four_fields() -> None:
+def test_v2_changes_generation_similarity_and_scale_and_keeps_alpha() -> None:
     first, second = resolved("paper")[1], resolved("v2")[1]
     changed = {f.name for f in fields(first) if getattr(first, f.name) != getattr(second, f.name)}
     assert changed == {"generate_loss", "pseudo_similarity", "pseudo_scale"}
